@@ -1,0 +1,48 @@
+"""A place where a LoRA can act: one layer of a live model or of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRef:
+    """One layer's weight, or the row slice of a fused weight that is one layer to a LoRA.
+
+    Two references are equal only if they are the same object; a KeyMap holds one for each layer.
+
+    Attributes:
+        key: Canonical dotted name, component first, such as
+            ``unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q``.
+        component: ``unet``, ``te1`` or ``te2``.
+        block: Block weight name: ``BASE``, ``IN00`` to ``IN11``, ``M00``, ``OUT00`` to ``OUT11``, or ``""``
+            for layers outside of all blocks (time embedding, label embedding, output head).
+        shape: Shape of the layer's weight, after the row slice: (out, in) or (out, in, kh, kw).
+        parameter: Name of the weight in its component (live) or its key (checkpoint).
+        rows: First and last + 1 row in a fused weight, or None for the whole weight.
+        module: The module that owns the parameter, or None in a checkpoint.
+        attribute: Name of the parameter on `module`: ``weight``, or ``in_proj_weight`` of a MultiheadAttention.
+    """
+
+    key: str
+    component: str
+    block: str
+    shape: tuple[int, ...]
+    parameter: str
+    rows: tuple[int, int] | None = None
+    module: nn.Module | None = None
+    attribute: str = "weight"
+
+    def weight(self) -> Tensor:
+        """The whole live parameter this layer is in (not sliced).
+
+        Raises:
+            LookupError: If the layer belongs to a checkpoint, not to a live model.
+        """
+        if self.module is None:
+            raise LookupError(f"{self.key} is a place in a checkpoint, it has no live weight")
+        return getattr(self.module, self.attribute)
