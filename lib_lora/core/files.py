@@ -1,0 +1,348 @@
+"""From a path to tensors and back: checked reading, and the only place that writes files.
+
+Reading trusts neither the name nor the content of a file; writing is all or nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lib_lora.core.header import (
+    CHECKPOINT_LIMITS,
+    DTYPES,
+    LORA_LIMITS,
+    MEGABYTE,
+    Header,
+    HeaderLimits,
+    TensorInfo,
+    encode_header,
+)
+from lib_lora.core.reading import (
+    FileIdentity,
+    checked_header,
+    map_data,
+    read_data,
+    read_unchanged,
+    reason_of,
+    shown,
+    tensor_view,
+)
+from lib_lora.errors import FileError, OutputError, UnsafePathError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Files up to this many bytes are read into memory; larger ones are mapped.
+READ_LIMIT = 2 * 1024**3
+STALE_SECONDS = 24 * 3600
+TEMP_PREFIX = ".tmp-"
+CHUNK_BYTES = 1 << 20
+MAX_NAME_BYTES = 255
+
+# Separators, wildcards, control characters, line separators, text direction overrides and lone surrogates.
+_FORBIDDEN = re.compile('[\x00-\x1f\x7f-\x9f<>:"/\\\\|?*\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
+_WINDOWS_DEVICE = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³])( *\..*)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What a file holds, not interpreted.
+
+    Attributes:
+        path: Where it was read.
+        identity: Which content was read.
+        metadata: The header's texts.
+        tensors: Tensors by name, on the CPU, as in the file: views of one buffer, not to be written to.
+    """
+
+    path: Path
+    identity: FileIdentity
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+
+
+class MappedTensors(Mapping[str, "Tensor"]):
+    """The tensors of a mapped file: each access makes a view, and only what is read takes memory.
+
+    The mapping is private: writing to a tensor does not reach the file. Cutting the file short while it is mapped ends
+    the process (SIGBUS), as with every memory map.
+
+    Attributes:
+        header: The file's header.
+        identity: Which content is mapped.
+    """
+
+    def __init__(self, header: Header, identity: FileIdentity, data: Tensor) -> None:
+        self.header = header
+        self.identity = identity
+        self._data = data
+
+    def __getitem__(self, name: str) -> Tensor:
+        return tensor_view(self._data, self.header.tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.header.tensors)
+
+    def __len__(self) -> int:
+        return len(self.header.tensors)
+
+
+def read_lora_file(path: str | os.PathLike[str]) -> LoraFile:
+    """All tensors and metadata of a LoRA file, read whole (mapped from 2 GiB on).
+
+    Raises:
+        IncompleteFileError: If the file is shorter or longer than its header says.
+        ForeignFileError: If it is not a .safetensors file, whatever its name says.
+        PickleRefusedError: If it is a pickle.
+        CorruptFileError: If its header lies or is beyond `LORA_LIMITS`.
+        FileChangedError: If it is written to all the time.
+        FileError: If it is missing, not a regular file, can not be read, or does not fit in memory.
+    """
+    path = Path(path)
+
+    def read(file: FileIO) -> tuple[Header, Tensor]:
+        header = checked_header(file, LORA_LIMITS, path)
+        return header, (read_data if header.file_size <= READ_LIMIT else map_data)(file, header, path)
+
+    identity, (header, data) = read_unchanged(path, read)
+    tensors: Mapping[str, Tensor] = MappedTensors(header, identity, data)
+    if header.file_size <= READ_LIMIT:
+        tensors = dict(tensors)
+    return LoraFile(path, identity, header.metadata, tensors)
+
+
+def read_header(path: str | os.PathLike[str], limits: HeaderLimits = LORA_LIMITS) -> Header:
+    """Metadata and the place of every tensor, without the tensors.
+
+    Raises:
+        FileError: As `read_lora_file`.
+    """
+    path = Path(path)
+    return read_unchanged(path, lambda file: checked_header(file, limits, path))[1]
+
+
+def map_checkpoint(path: str | os.PathLike[str]) -> MappedTensors:
+    """The tensors of a checkpoint, mapped: no memory is taken but the system's file cache.
+
+    Raises:
+        FileError: As `read_lora_file`, with `CHECKPOINT_LIMITS`.
+    """
+    path = Path(path)
+
+    def read(file: FileIO) -> tuple[Header, Tensor]:
+        header = checked_header(file, CHECKPOINT_LIMITS, path)
+        return header, map_data(file, header, path)
+
+    identity, (header, data) = read_unchanged(path, read)
+    return MappedTensors(header, identity, data)
+
+
+def data_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 in hex of the bytes after the header: the same for a file whose metadata was edited.
+
+    Source: the hash of kohya's additional networks extension, which the WebUI writes into pictures.
+
+    Raises:
+        FileError: As `read_lora_file`, with `CHECKPOINT_LIMITS`.
+    """
+    path = Path(path)
+
+    def read(file: FileIO) -> str:
+        file.seek(checked_header(file, CHECKPOINT_LIMITS, path).data_start)
+        digest = hashlib.sha256()
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    return read_unchanged(path, read)[1]
+
+
+def output_path(folder: str | os.PathLike[str], name: str, suffix: str = ".safetensors") -> Path:
+    """Path of a file directly inside `folder`, for a name that a user or an API call gave.
+
+    Raises:
+        UnsafePathError: If `name` is empty, has separators or control characters, is a device of Windows or longer
+            than file systems allow, or if there is a link of that name.
+    """
+    plain = name.strip(". ") == name != "" and not _FORBIDDEN.search(name) and not _WINDOWS_DEVICE.fullmatch(name)
+    if not plain or len(f"{name}{suffix}".encode()) > MAX_NAME_BYTES:
+        raise UnsafePathError(f"{name[:80]!r} is not a plain file name; give one without folders and special signs")
+    path = Path(folder) / f"{name}{suffix}"
+    if path.is_symlink():
+        raise UnsafePathError(f"{shown(path)} is a link that may lead out of the folder; choose another name")
+    return path
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Make and delete an empty file: to be called before hours of work, not after.
+
+    Raises:
+        OutputError: If `folder` is no folder or can not be written to.
+    """
+    try:
+        _TempFile(Path(folder)).discard()
+    except (OSError, ValueError) as error:
+        raise OutputError(f"the folder {shown(folder)} can not be written to: {reason_of(error)}") from error
+
+
+def save_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a .safetensors file: whole and verified, or not at all.
+
+    Tensors may be on any device, share memory or have any strides; one at a time is copied. The layout is the
+    library's: larger dtypes first, then by name.
+
+    Raises:
+        OutputError: If `path` exists and `overwrite` is not set, is a link or no file, or can not be written; if a
+            tensor or a metadata value can not be stored. An older file at `path` is then untouched.
+    """
+    path, metadata = Path(path), dict(metadata or {})
+    layout = _layout(tensors, path)
+    try:
+        header = encode_header(layout, metadata)
+    except ValueError as error:
+        raise OutputError(f"{shown(path)} was not saved, a name has broken Unicode: {error}") from error
+    size = len(header) + sum(info.end - info.begin for info in layout.values())
+    with _replacing(path, size, overwrite) as temp:
+        temp.write(header)
+        for name in layout:
+            temp.write(_bytes_of(tensors[name]))
+        _verify(temp.file, tensors, metadata, path)
+
+
+def save_bytes(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> None:
+    """Write a small file, such as a picture or JSON: whole or not at all.
+
+    Raises:
+        OutputError: As `save_tensors`.
+    """
+    with _replacing(Path(path), len(data), overwrite) as temp:
+        temp.write(data)
+
+
+def _layout(tensors: Mapping[str, Tensor], path: Path) -> dict[str, TensorInfo]:
+    """Where each tensor goes: larger dtypes first, so that every one is aligned, then by name."""
+    layout: dict[str, TensorInfo] = {}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+        tensor = tensors[name]
+        if tensor.dtype not in DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
+            kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
+            raise OutputError(f"{shown(path)} was not saved, tensor {name!r} can not be stored: {kind}")
+        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        layout[name] = TensorInfo(tensor.dtype, tuple(tensor.shape), begin, end)
+    return layout
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The elements in row-major order; a copy only if they do not lie so in the CPU's memory."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _verify(file: FileIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """Read back the header, and the beginning of the first, the middle and the last tensor."""
+    try:
+        header = checked_header(file, CHECKPOINT_LIMITS, path)
+    except FileError as error:
+        raise OutputError(f"{shown(path)} was not saved, what was written can not be read: {error}") from error
+    if header.tensors.keys() != tensors.keys() or header.metadata != metadata or header.unreadable:
+        raise OutputError(f"{shown(path)} was not saved: metadata must be texts, and no tensor is named __metadata__")
+    names = list(header.tensors)
+    for name in {names[0], names[len(names) // 2], names[-1]} if names else ():
+        expected = _bytes_of(tensors[name])[:CHUNK_BYTES]
+        file.seek(header.data_start + header.tensors[name].begin)
+        if file.read(len(expected)) != expected:
+            raise OutputError(f"{shown(path)} was not saved: the disk gave back other bytes for tensor {name!r}")
+
+
+class _TempFile:
+    """A new file with a name of its own in the folder of a file to be replaced.
+
+    Made by `open` with mode 0666, so that the umask and the folder decide on the permissions, as for any new file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / f"{TEMP_PREFIX}{secrets.token_hex(8)}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        self.file = FileIO(os.open(self._path, flags, 0o666), "r+")
+
+    def write(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self.file.write(rest) :]
+
+    def publish(self, path: Path) -> None:
+        """Rename to `path`, when the bytes are on the disk."""
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self._path.replace(path)
+        if os.name != "nt":  # Windows can not open folders
+            _sync_folder(path.parent)
+
+    def discard(self) -> None:
+        self.file.close()
+        self._path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _replacing(path: Path, size: int, overwrite: bool) -> Generator[_TempFile]:
+    """A temporary file that becomes `path` if the block ends well, and is removed if not."""
+    try:
+        _check_target(path, overwrite)
+        _remove_stale_temps(path.parent)
+        if shutil.disk_usage(path.parent).free < size:
+            raise OutputError(f"{shown(path)} was not saved: it needs {size / MEGABYTE:,.1f} MB, the disk is full")
+        temp = _TempFile(path.parent)
+        try:
+            yield temp
+            _check_target(path, overwrite)  # it may have come into being meanwhile
+            temp.publish(path)
+        except BaseException:
+            temp.discard()
+            raise
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{shown(path)} was not saved: {reason_of(error)}") from error
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OutputError(f"{shown(path)} is a link, a folder or a device and is not replaced; choose another name")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{shown(path)} exists already; choose another name, or allow to overwrite it")
+
+
+def _remove_stale_temps(folder: Path) -> None:
+    """Remove what killed processes left; younger ones may be in use."""
+    for temp in folder.glob(f"{TEMP_PREFIX}{'[0-9a-f]' * 16}"):
+        with suppress(OSError):  # another process may be at the same
+            if time.time() - temp.lstat().st_mtime > STALE_SECONDS:
+                temp.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename outlive a power cut, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # network file systems refuse; the file itself is safe
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
