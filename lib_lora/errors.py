@@ -65,7 +65,15 @@ class ShapeMismatchError(NetworkError):
 
 
 class NonFiniteError(NetworkError):
-    """NaN or infinity, in the LoRA or in what it would make of the weights."""
+    """NaN or infinity, in the LoRA or in what it would make of the weights.
+
+    Attributes:
+        network: `Network.uid` of the culprit, or ``""`` where it has none yet.
+    """
+
+    def __init__(self, message: str, network: str = "") -> None:
+        super().__init__(message)
+        self.network = network
 
 
 class UnknownLoraError(PrefuseError):

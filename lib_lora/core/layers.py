@@ -46,3 +46,8 @@ class LayerRef:
         if self.module is None:
             raise LookupError(f"{self.key} is a place in a checkpoint, it has no live weight")
         return getattr(self.module, self.attribute)
+
+    def live(self) -> Tensor:
+        """This layer's own part of the live weight, a view that writes go through, of `shape`."""
+        weight = self.weight().detach()
+        return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]

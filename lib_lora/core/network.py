@@ -1,0 +1,200 @@
+"""A LoRA file as a network: one adapter for each layer it names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+from lib_lora.core.adapters import LowRankAdapter, WeightAdapter, load_adapter
+from lib_lora.core.files import read_lora_file
+from lib_lora.core.models import BaseModel
+from lib_lora.core.naming import split_key
+from lib_lora.errors import AdapterError, NamingError, NonFiniteError, PrefuseError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from lib_lora.core.files import FileIdentity, LoraFile
+
+ZERO_RANK = "rank 0"
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A loaded LoRA file.
+
+    Attributes:
+        name: Name of the file without its suffix.
+        identity: Which bytes these are; part of every plan key.
+        metadata: The file's header metadata.
+        base_model: The family it was made for, read from its layers, else from its metadata.
+        adapters: Layer name (see `naming`) → adapter.
+        unused: Keys that are no LoRA tensors.
+        notes: Sentences for the user about what was tolerated.
+        dyn: How many ranks of each layer are used, or None for all.
+    """
+
+    name: str
+    identity: FileIdentity
+    metadata: Mapping[str, str]
+    base_model: BaseModel
+    adapters: Mapping[str, WeightAdapter]
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    dyn: int | None = None
+
+    @cached_property
+    def uid(self) -> str:
+        """Names these bytes, cut to these ranks; two networks of one `uid` have the same effect."""
+        return f"{self.identity.path}|{self.identity.size}|{self.identity.mtime_ns}|{self.identity.inode}|{self.dyn}"
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes its factors keep in memory."""
+        return self.identity.size
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm of most layers."""
+        counts = Counter(adapter.algorithm for adapter in self.adapters.values())
+        return counts.most_common(1)[0][0] if counts else "none"
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that occur, ascending."""
+        return tuple(sorted({adapter.rank for adapter in self.adapters.values()}))
+
+    def with_rank(self, dyn: int) -> Network:
+        """The same network with the first `dyn` ranks of each layer (``dyn=`` in a tag).
+
+        Raises:
+            AdapterError: If a layer's algorithm has no ranks to cut.
+        """
+        sliced: dict[str, WeightAdapter] = {}
+        for layer, adapter in self.adapters.items():
+            if not isinstance(adapter, LowRankAdapter):
+                raise AdapterError(f"{self.name}: dyn={dyn} needs LoRA factors, layer {layer} is {adapter.algorithm}")
+            sliced[layer] = adapter.sliced(dyn)
+        return replace(self, adapters=sliced, dyn=dyn)
+
+
+def load_network(path: Path) -> Network:
+    """Read a LoRA file into a network.
+
+    Raises:
+        FileError: If the file can not be read (see `files.read_lora_file`).
+        NamingError: If one layer is spelled in two layouts.
+        AdapterError: If a layer's tensors form no adapter.
+        NonFiniteError: If a layer holds NaN or infinity.
+    """
+    return network_from_file(read_lora_file(path))
+
+
+def network_from_file(file: LoraFile) -> Network:
+    """Interpret the tensors of a file. See `load_network` for what it raises."""
+    name = file.path.stem
+    layers, unused = _group(file)
+    adapters: dict[str, WeightAdapter] = {}
+    empty: list[str] = []
+    alphas = _PeftAlphas(file.metadata)
+    for layer, tensors in layers.items():
+        if any(tensor.numel() == 0 for tensor in tensors.values()):
+            empty.append(layer)
+            continue
+        try:
+            adapters[layer] = load_adapter(tensors, alphas.of(layer))
+        except AdapterError as error:
+            raise AdapterError(f"{name}: layer {layer}: {error}") from None
+    _check_finite(name, adapters)
+    shapes = {layer: _shape(tensors) for layer, tensors in layers.items()}
+    notes = (f"{len(empty)} of {len(layers)} layers have rank 0 and change nothing",) if empty else ()
+    base_model = BaseModel.of_file(shapes, file.metadata)
+    return Network(name, file.identity, file.metadata, base_model, adapters, tuple(unused), notes)
+
+
+def _group(file: LoraFile) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Tensors by layer and role, and the keys that are none of ours."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    first_key: dict[tuple[str, str], str] = {}
+    spelling: dict[str, tuple[str, str]] = {}
+    unused: list[str] = []
+    for key, tensor in file.tensors.items():
+        parts = split_key(key)
+        if parts is None:
+            unused.append(key)
+            continue
+        layout, other = spelling.setdefault(parts.layer, (parts.layout, key))
+        clash = first_key.setdefault((parts.layer, parts.role), key)
+        if layout != parts.layout or clash != key:
+            other = other if layout != parts.layout else clash
+            raise NamingError(
+                f"{file.path.name}: {other} and {key} are two spellings of one layer; "
+                "which one is meant can not be told, remove one of them"
+            )
+        layers.setdefault(parts.layer, {})[parts.role] = tensor
+    return layers, unused
+
+
+def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """What the layer's factors say of its weight: (out, in, …), or () where they say nothing."""
+    if {"lora_up", "lora_down"} <= tensors.keys() and tensors["lora_up"].ndim and tensors["lora_down"].ndim > 1:
+        return (tensors["lora_up"].shape[0], *tensors["lora_down"].shape[1:])
+    return ()
+
+
+def _check_finite(name: str, adapters: Mapping[str, WeightAdapter]) -> None:
+    bad = [layer for layer, adapter in adapters.items() if not math.isfinite(adapter.bound())]
+    if bad:
+        raise NonFiniteError(
+            f"{name}: {len(bad)} of {len(adapters)} layers hold NaN or infinity, the first is {bad[0]}; "
+            "the file is damaged or its training diverged, download or train it again"
+        )
+
+
+class _PeftAlphas:
+    """Alphas of files whose layers have none: diffusers writes PEFT's settings into the header.
+
+    Source: `lora_adapter_metadata` of diffusers >= 0.34, a JSON text with ``unet.lora_alpha``, ``unet.r``,
+    ``unet.use_rslora``, ``unet.alpha_pattern`` and ``unet.rank_pattern`` for each component.
+    """
+
+    PREFIXES = (("unet", "unet"), ("te1", "text_encoder"), ("te2", "text_encoder_2"), ("transformer", "transformer"))
+
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        try:
+            settings: Any = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        except (ValueError, RecursionError):
+            settings = {}
+        self._settings = cast("dict[str, Any]", settings) if isinstance(settings, dict) else {}
+
+    def of(self, layer: str) -> float | None:
+        """Alpha for one layer such that alpha / rank is PEFT's scaling, or None where nothing is said."""
+        component, _, path = layer.partition(":")
+        prefix = dict(self.PREFIXES).get(component, component)
+        alpha = self._number(f"{prefix}.lora_alpha", path, f"{prefix}.alpha_pattern")
+        if alpha is None or not self._settings.get(f"{prefix}.use_rslora"):
+            return alpha
+        rank = self._number(f"{prefix}.r", path, f"{prefix}.rank_pattern")
+        return None if rank is None else alpha * math.sqrt(rank)
+
+    def _number(self, key: str, path: str, pattern_key: str) -> float | None:
+        value: Any = self._settings.get(key)
+        for pattern, special in self._items(pattern_key):
+            if path.endswith(pattern.replace(".", "_").lstrip("^")):
+                value = special
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+    def _items(self, key: str) -> Iterator[tuple[str, Any]]:
+        patterns: Any = self._settings.get(key)
+        if isinstance(patterns, dict):
+            yield from cast("Iterable[tuple[str, Any]]", patterns.items())  # pyright: ignore[reportUnknownMemberType]
+
+
+__all__ = ["Network", "PrefuseError", "load_network", "network_from_file"]

@@ -1,0 +1,175 @@
+"""The one kernel: W = round(W0 + Σ factor · ΔW), summed in float32, rounded once.
+
+The patcher calls it on live weights and the merge on a checkpoint's tensors, so that a merged file holds what the
+prompt would have made.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from lib_lora.core.adapters import LowRankAdapter, WeightAdapter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+SCRATCH_BYTES = 4 << 20
+"""Rows of a float32 scratch are taken in pieces of this size, which stay in the processor's cache."""
+
+
+class Term(NamedTuple):
+    """One summand of a layer: factor · ΔW, the factor being all strengths in one number."""
+
+    adapter: WeightAdapter
+    factor: float
+
+
+class Stack(NamedTuple):
+    """Several low-rank updates of one layer as one: ΔW = gain · up @ down.
+
+    Attributes:
+        up: (out, Σ rank), every factor and scale folded in, brought near 1 by a power of two.
+        down: (Σ rank, in·kh·kw).
+        gain: That power of two, which a GEMM applies in float32: a small alpha / rank can not underflow in fp16.
+    """
+
+    up: Tensor
+    down: Tensor
+    gain: float
+
+
+class Workspace:
+    """Memory that is reused from layer to layer.
+
+    A fresh block of some MB is handed out by the system page by page, which costs more than filling it.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor of `shape`, valid until the next call with this name."""
+        buffer = self._buffers.get((name, dtype, device))
+        size = math.prod(shape)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name, dtype, device] = torch.empty(size, dtype=dtype, device=device)
+        return buffer[:size].view(shape)
+
+
+def stack(terms: Sequence[Term], dtype: torch.dtype, device: torch.device, workspace: Workspace) -> Stack:
+    """Concatenate low-rank adapters along their rank.
+
+    Args:
+        terms: At least one; every adapter is a LowRankAdapter.
+        dtype: Floating dtype of the result.
+        device: Where the result lives.
+        workspace: Holds the result, until the next call with it.
+    """
+    factors = [(term.adapter.factors(), term.factor) for term in terms if isinstance(term.adapter, LowRankAdapter)]
+    rank = sum(low.up.shape[1] for low, _ in factors)
+    gain = 1.0 if dtype != torch.float16 else _power_of_two(max(abs(low.scale * factor) for low, factor in factors))
+    up = workspace.take("up", (factors[0][0].up.shape[0], rank), torch.float32, device)
+    down = workspace.take("down", (rank, factors[0][0].down.shape[1]), dtype, device)
+    start = 0
+    for low, factor in factors:
+        part = slice(start, start := start + low.up.shape[1])
+        up[:, part].copy_(low.up, non_blocking=True).mul_(low.scale * factor / gain)
+        down[part].copy_(low.down, non_blocking=True)
+    return Stack(up.to(dtype), down, gain)
+
+
+def _power_of_two(value: float) -> float:
+    return 2.0 ** math.floor(math.log2(value)) if value > 0 else 1.0
+
+
+def fuse_layer(base: Tensor, terms: Sequence[Term], out: Tensor, workspace: Workspace | None = None) -> None:
+    """Write round(base + Σ factor · ΔW) to `out`, in place, reading `base` only.
+
+    Args:
+        base: The untouched weight, (out, in) or (out, in, kh, kw).
+        terms: What is added; their order does not matter beyond float32's own rounding.
+        out: Of base's shape, dtype and device; may not share memory with it.
+        workspace: Reused memory; those who fuse many layers give one.
+
+    Raises:
+        RuntimeError: torch's own, among them OutOfMemoryError.
+    """
+    workspace = workspace or Workspace()
+    low_rank = [term for term in terms if isinstance(term.adapter, LowRankAdapter)]
+    dense = [term for term in terms if not isinstance(term.adapter, LowRankAdapter)]
+    if not dense and has_native_gemm(out.dtype, out.device.type) and out.is_contiguous() and base.is_contiguous():
+        up, down, gain = stack(low_rank, out.dtype, out.device, workspace)
+        torch.addmm(base.flatten(1), up, down, alpha=gain, out=out.flatten(1))
+    elif not dense:
+        _fuse_by_rows(base, stack(low_rank, torch.float32, out.device, workspace), out)
+    else:
+        out.copy_(_sum(base, low_rank, dense, workspace))
+
+
+@cache
+def has_native_gemm(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether a GEMM in this dtype sums in float32 and is fast here.
+
+    torch's fp16 GEMM on a CPU is about 80 times slower than the one in fp32, and so is bf16 without AVX512-BF16.
+    """
+    if dtype == torch.float32:
+        return True
+    if device_type != "cpu":
+        return dtype in (torch.float16, torch.bfloat16)
+    return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
+
+
+def _fuse_by_rows(base: Tensor, stacked: Stack, out: Tensor) -> None:
+    """Through a float32 scratch, some rows at a time: weights are never held twice in float32."""
+    rows = max(1, SCRATCH_BYTES // (4 * stacked.down.shape[1]))
+    for start in range(0, base.shape[0], rows):
+        part = slice(start, start + rows)
+        scratch = base[part].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        scratch.flatten(1).addmm_(stacked.up[part], stacked.down, alpha=stacked.gain)
+        out[part].copy_(scratch)
+
+
+def _sum(base: Tensor, low_rank: Sequence[Term], dense: Sequence[Term], workspace: Workspace) -> Tensor:
+    """base + Σ factor · ΔW in float32, a new tensor."""
+    base32 = base.to(torch.float32)
+    total = base32.clone(memory_format=torch.contiguous_format)
+    for term in dense:
+        total.add_(term.adapter.delta_weight(base32), alpha=term.factor)
+    if low_rank:
+        up, down, gain = stack(low_rank, torch.float32, base.device, workspace)
+        total.flatten(1).addmm_(up, down, alpha=gain)
+    return total
+
+
+def fuse_layer_a1111(base: Tensor, terms: Sequence[Term], out: Tensor) -> None:
+    """As the WebUI 1.10 does it: one LoRA after another in prompt order, rounded at every operation.
+
+    For reproducing pictures made there bit for bit; arguments as `fuse_layer`.
+    """
+    out.copy_(base)
+    for adapter, factor in terms:
+        if isinstance(adapter, LowRankAdapter):
+            up, down, scale = adapter.factors()
+            up, down = up.to(out.device, out.dtype), down.to(out.device, out.dtype)
+            delta = (up @ down).reshape(out.shape) * scale * factor
+        else:
+            delta = adapter.delta_weight(out.to(torch.float32)).to(out.dtype) * factor
+        out.copy_(out + delta)
+
+
+def is_finite_for_sure(terms: Sequence[Term], base_peak: float, dtype: torch.dtype) -> bool:
+    """Whether the bounds of the summands prove that no weight overflows, without looking at one.
+
+    Args:
+        terms: The summands.
+        base_peak: An upper bound of max |W0|.
+        dtype: What the weight is stored as.
+    """
+    peak = base_peak + sum(abs(factor) * adapter.bound() for adapter, factor in terms)
+    return peak < torch.finfo(dtype).max / 2

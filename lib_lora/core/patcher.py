@@ -1,0 +1,284 @@
+"""The only writer of live weights: applies a plan, takes it back, and never believes what it has not seen."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from lib_lora.core import numerics
+from lib_lora.core.fingerprint import Change, compare, samples
+from lib_lora.core.layers import LayerRef
+from lib_lora.errors import ForeignWriteError, FuseMemoryError, NonFiniteError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from lib_lora.core.base_store import BaseStore
+    from lib_lora.core.plan import Compat, FusePlan, LayerPatch, PatchKey
+
+    AppliedKey = tuple[Compat, PatchKey]
+
+STATE_ATTRIBUTE = "_prefuse_state"
+OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
+DIRTY = ("exact", (("being written", "", 0.0),))
+
+
+@dataclass
+class PatchState:
+    """What is fused into a model. It lives on the model's own modules, so it goes when they go.
+
+    Attributes:
+        store: The base weights of every layer that was ever touched.
+        layers: Layer key → place, of the layers in the store.
+        applied: Layer key → what is fused there now; base layers are not listed.
+        samples: Layer key → sample of the weight as we left it.
+        peaks: Layer key → max |W0|, where it had to be known.
+        plan_key: Key of the applied plan, ``""`` for the base.
+        generation: Grows with every change of a weight.
+    """
+
+    store: BaseStore
+    layers: dict[str, LayerRef] = field(default_factory=dict[str, "LayerRef"])
+    applied: dict[str, AppliedKey] = field(default_factory=dict[str, "AppliedKey"])
+    samples: dict[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    peaks: dict[str, float] = field(default_factory=dict[str, float])
+    plan_key: str = ""
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What one `apply` or `restore` did.
+
+    Attributes:
+        written: Layers that were fused.
+        restored: Layers that got their base back.
+        milliseconds: Wall time.
+        notes: Sentences for the user.
+    """
+
+    written: tuple[LayerRef, ...] = ()
+    restored: tuple[LayerRef, ...] = ()
+    milliseconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+class ModelPatcher:
+    """Writes plans into a model's own parameters, in place, always from the base weights."""
+
+    def __init__(self, components: Mapping[str, nn.Module], store: BaseStore) -> None:
+        """Take charge of a model.
+
+        Args:
+            components: ``unet``, ``te1``, … → module. If LoRAs are fused there already (by a patcher that is gone),
+                their state is taken over and `store` is not used.
+            store: Where base weights shall be kept.
+        """
+        self._components = dict(components)
+        known = (getattr(module, STATE_ATTRIBUTE, None) for module in self._components.values())
+        self._state = next((state for state in known if isinstance(state, PatchState)), PatchState(store))
+        self._workspace = numerics.Workspace()
+
+    @property
+    def applied_key(self) -> str:
+        """Key of the plan that is in the weights, ``""`` for the base."""
+        return self._state.plan_key
+
+    @property
+    def generation(self) -> int:
+        """Grows with every change of a weight."""
+        return self._state.generation
+
+    @property
+    def store(self) -> BaseStore:
+        """Where the base weights are."""
+        return self._state.store
+
+    def apply(self, plan: FusePlan) -> ApplyReport:
+        """Make the weights what the plan says; layers that are so already are not touched.
+
+        Raises:
+            NonFiniteError: A weight would overflow; nothing was written.
+            ForeignWriteError: Something else wrote to fused weights; nothing was written.
+            FuseMemoryError: Not enough memory; the base weights are back.
+
+        Any other exception, a KeyboardInterrupt too, leaves with the base weights back.
+        """
+        start = time.perf_counter()
+        for module in self._components.values():
+            object.__setattr__(module, STATE_ATTRIBUTE, self._state)
+        with torch.no_grad():
+            notes = self._reconcile()
+            applied = self._state.applied
+            writes = [
+                patch for key, patch in plan.patches.items() if applied.get(key) != (plan.compat, patch.key)
+            ]
+            leaving = [self._state.layers[key] for key in applied if key not in plan.patches]
+            try:
+                self._capture(patch.layer for patch in writes)
+                self._refuse_overflow(writes, plan.compat)
+                self._write(writes, leaving, plan.compat)
+            except OUT_OF_MEMORY as error:
+                self._restore(list(self._state.layers.values()))
+                raise FuseMemoryError(
+                    f"not enough memory to fuse {len(writes)} layers: {error}; the base weights are back, "
+                    "free memory or keep the base weights elsewhere (store='pinned' or 'checkpoint')"
+                ) from error
+            except NonFiniteError:
+                raise
+            except BaseException:
+                self._restore(list(self._state.layers.values()))
+                raise
+        self._state.plan_key = plan.key
+        milliseconds = (time.perf_counter() - start) * 1e3
+        return ApplyReport(tuple(patch.layer for patch in writes), tuple(leaving), milliseconds, notes)
+
+    def restore(self) -> ApplyReport:
+        """Base weights back, bit for bit.
+
+        Raises:
+            ForeignWriteError: Something else wrote to fused weights; nothing was written.
+        """
+        start = time.perf_counter()
+        with torch.no_grad():
+            notes = self._reconcile()
+            leaving = [self._state.layers[key] for key in self._state.applied]
+            self._restore(leaving)
+        return ApplyReport((), tuple(leaving), (time.perf_counter() - start) * 1e3, notes)
+
+    def release(self) -> ApplyReport:
+        """Restore, free the store, and leave no trace on the model."""
+        report = self.restore()
+        for key in list(self._state.layers):
+            self._forget(key)
+        self._workspace = numerics.Workspace()
+        for module in self._components.values():
+            if getattr(module, STATE_ATTRIBUTE, None) is self._state:
+                object.__delattr__(module, STATE_ATTRIBUTE)
+        return report
+
+    def _capture(self, layers: Iterable[LayerRef]) -> None:
+        state, taken = self._state, list[LayerRef]()
+        for layer in layers:
+            if layer.key not in state.layers:
+                state.store.capture(layer, layer.live())
+                state.layers[layer.key] = layer
+                taken.append(layer)
+        self._mark(taken)
+
+    def _write(self, writes: Sequence[LayerPatch], leaving: Sequence[LayerRef], compat: Compat) -> None:
+        self._restore(leaving)
+        state = self._state
+        state.generation += bool(writes)
+        for patch in writes:
+            state.applied[patch.layer.key] = DIRTY
+            live = patch.layer.live()
+            self._fuse(patch, live, compat)
+            state.applied[patch.layer.key] = (compat, patch.key)
+        self._mark(patch.layer for patch in writes)
+
+    def _fuse(self, patch: LayerPatch, out: Tensor, compat: Compat) -> None:
+        """One layer; on a device without memory for it, through the host's."""
+        try:
+            base = self._state.store.get(patch.layer, out)
+            self._kernel(base, patch, out, compat)
+        except OUT_OF_MEMORY:
+            self._workspace = numerics.Workspace()
+            if out.device.type == "cuda":
+                torch.cuda.empty_cache()
+            host = torch.empty_like(out, device="cpu")
+            self._kernel(self._state.store.get(patch.layer, host), patch, host, compat)
+            out.copy_(host)
+
+    def _kernel(self, base: Tensor, patch: LayerPatch, out: Tensor, compat: Compat) -> None:
+        if compat == "a1111":
+            numerics.fuse_layer_a1111(base, patch.terms, out)
+        else:
+            numerics.fuse_layer(base, patch.terms, out, self._workspace)
+
+    def _restore(self, layers: Sequence[LayerRef]) -> None:
+        state = self._state
+        state.generation += bool(layers)
+        state.plan_key = ""
+        for layer in layers:
+            state.applied[layer.key] = DIRTY
+            state.store.restore(layer, layer.live())
+            del state.applied[layer.key]
+        self._mark(layers)
+
+    def _mark(self, layers: Iterable[LayerRef]) -> None:
+        layers = list(layers)
+        taken = samples([layer.live() for layer in layers])
+        self._state.samples.update(zip((layer.key for layer in layers), taken, strict=True))
+
+    def _refuse_overflow(self, writes: Sequence[LayerPatch], compat: Compat) -> None:
+        """Prove that every weight stays finite; where the bounds do not prove it, compute and look."""
+        for patch in writes:
+            live = patch.layer.live()
+            if numerics.is_finite_for_sure(patch.terms, self._peak(patch.layer, live), live.dtype):
+                continue
+            trial = torch.empty_like(live)
+            self._fuse(patch, trial, compat)
+            if not torch.isfinite(trial.float()).all():
+                raise NonFiniteError(
+                    f"{patch.heaviest().name}: layer {patch.layer.key} would overflow {live.dtype} "
+                    f"(largest number {torch.finfo(live.dtype).max:g}); lower its strength",
+                    network=patch.heaviest().uid,
+                )
+
+    def _peak(self, layer: LayerRef, like: Tensor) -> float:
+        """Max |W0|, read once, and only for types in which a sum of ordinary numbers can overflow."""
+        if torch.finfo(like.dtype).max > 1e30:
+            return 0.0
+        if layer.key not in self._state.peaks:
+            self._state.peaks[layer.key] = self._state.store.get(layer, like).abs().amax().float().item()
+        return self._state.peaks[layer.key]
+
+    def _reconcile(self) -> tuple[str, ...]:
+        """Compare the weights with what we left, and forget what was replaced.
+
+        New weights in base layers, or in all fused layers of a component at once (a checkpoint was loaded into the
+        model), are a new base. Anything else is another program writing into our fused weights, which is refused.
+        A model converted to another dtype keeps its base; what is fused there is written again.
+        """
+        state = self._state
+        known = state.samples.keys()
+        layers = [layer for key, layer in state.layers.items() if key in known and state.applied.get(key) != DIRTY]
+        changes = {Change.CONVERTED: list[LayerRef](), Change.REPLACED: list[LayerRef]()}
+        for layer, now in zip(layers, samples([layer.live() for layer in layers]), strict=True):
+            if (change := compare(state.samples[layer.key], now)) in changes:
+                changes[change].append(layer)
+        replaced = changes[Change.REPLACED]
+        for component in {layer.component for layer in replaced}:
+            self._judge(component, [layer for layer in replaced if layer.component == component])
+        for layer in replaced:
+            self._forget(layer.key)
+        for layer in changes[Change.CONVERTED]:
+            state.peaks.pop(layer.key, None)
+            if layer.key in state.applied:
+                state.applied[layer.key] = DIRTY
+        return (f"{len(replaced)} layers hold new base weights",) if replaced else ()
+
+    def _judge(self, component: str, changed: Sequence[LayerRef]) -> None:
+        fused = {key for key, layer in self._state.layers.items() if layer.component == component}
+        fused &= self._state.applied.keys()
+        hit = [layer.key for layer in changed if layer.key in fused]
+        if hit and len(hit) < len(fused):
+            raise ForeignWriteError(
+                f"another program changed {len(hit)} of {len(fused)} fused layers of {component} "
+                f"(first: {hit[0]}); load the checkpoint again, then the LoRAs"
+            )
+
+    def _forget(self, key: str) -> None:
+        state = self._state
+        state.store.forget(key)
+        state.layers.pop(key, None)
+        state.applied.pop(key, None)
+        state.samples.pop(key, None)
+        state.peaks.pop(key, None)
+        state.plan_key = ""

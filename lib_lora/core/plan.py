@@ -1,0 +1,195 @@
+"""What is to be fused where, as data: every check of names, shapes and families ends here, before a weight is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from lib_lora.core.numerics import Term
+from lib_lora.errors import BaseModelMismatchError, NamingError, NoLayersError, ShapeMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from lib_lora.core.adapters import WeightAdapter
+    from lib_lora.core.keymap import KeyMap
+    from lib_lora.core.layers import LayerRef
+    from lib_lora.core.network import Network
+
+Compat = Literal["exact", "a1111"]
+PatchKey = tuple[tuple[str, str, float], ...]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """All strengths of one network: the one place where they meet.
+
+    Attributes:
+        te: Strength of the text encoders.
+        unet: Strength of the UNet.
+        blocks: Block name → factor; a block that is not listed has 1.
+    """
+
+    te: float = 1.0
+    unet: float = 1.0
+    blocks: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    def factor(self, layer: LayerRef) -> float:
+        """What ΔW of this layer is multiplied by."""
+        strength = self.te if layer.component.startswith("te") else self.unet
+        return strength * self.blocks.get(layer.block, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """A network laid over a model.
+
+    Attributes:
+        network: The network.
+        layers: Where each adapter acts.
+        unmatched: Layer names of the network that the model has not.
+    """
+
+    network: Network
+    layers: Sequence[tuple[LayerRef, WeightAdapter]]
+    unmatched: Sequence[str]
+
+    @property
+    def note(self) -> str:
+        """A sentence about what is missing, or nothing."""
+        if not self.unmatched:
+            return ""
+        total = len(self.layers) + len(self.unmatched)
+        first = ", ".join(name.partition(":")[2] for name in self.unmatched[:3])
+        return f"{self.network.name}: {len(self.layers)} of {total} layers exist in this model; missing: {first}" + (
+            ", …" if len(self.unmatched) > 3 else ""
+        )
+
+
+def match_network(keymap: KeyMap, network: Network) -> Match:
+    """Lay a network over a model.
+
+    Raises:
+        BaseModelMismatchError: If it was made for another family than the model's.
+        NamingError: If two names of the network mean one layer of the model.
+        NoLayersError: If the model has none of its layers.
+        ShapeMismatchError: If a layer's ΔW has not the shape of the weight.
+    """
+    if not network.base_model.compatible(keymap.base_model):
+        raise BaseModelMismatchError(
+            f"{network.name} was made for {network.base_model.value}, this model is {keymap.base_model.value}"
+        )
+    places = {name: keymap.find(name) for name in network.adapters}
+    _check_spellings(network, places)
+    layers = [(place, network.adapters[name]) for name, place in places.items() if place is not None]
+    unmatched = [name for name, place in places.items() if place is None]
+    if not layers:
+        first = ", ".join([*unmatched, *network.unused][:3]) or "the file holds no tensors"
+        raise NoLayersError(
+            f"{network.name}: none of its {len(unmatched)} layers exists in this model ({keymap.base_model.value}); "
+            f"{len(network.unused)} keys are not LoRA tensors (first: {first})"
+        )
+    _check_shapes(network, layers)
+    return Match(network, layers, unmatched)
+
+
+def _check_spellings(network: Network, places: Mapping[str, LayerRef | None]) -> None:
+    seen: dict[str, str] = {}
+    for name, place in places.items():
+        if place is not None and (other := seen.setdefault(place.key, name)) != name:
+            raise NamingError(f"{network.name}: {other} and {name} are two spellings of the layer {place.key}")
+
+
+def _check_shapes(network: Network, layers: Sequence[tuple[LayerRef, WeightAdapter]]) -> None:
+    wrong = [(layer, adapter) for layer, adapter in layers if not adapter.fits(layer.shape)]
+    if wrong:
+        first = "; ".join(f"{layer.key} is {layer.shape} here, {a.shape_text()} in the LoRA" for layer, a in wrong[:3])
+        raise ShapeMismatchError(
+            f"{network.name}: {len(wrong)} of {len(layers)} layers have another shape than the model's: {first}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPatch:
+    """What is added to one layer.
+
+    Attributes:
+        layer: Where.
+        terms: The summands.
+        networks: The network of each term; two patches with the same networks and factors have the same effect.
+    """
+
+    layer: LayerRef
+    terms: tuple[Term, ...]
+    networks: tuple[Network, ...]
+
+    @cached_property
+    def key(self) -> PatchKey:
+        """Everything that decides the result of this layer."""
+        pairs = zip(self.terms, self.networks, strict=True)
+        return tuple((network.uid, self.layer.key, term.factor) for term, network in pairs)
+
+    def heaviest(self) -> Network:
+        """The network that can add the largest number."""
+        pairs = zip(self.terms, self.networks, strict=True)
+        return max(pairs, key=lambda pair: abs(pair[0].factor) * pair[0].adapter.bound())[1]
+
+
+@dataclass(frozen=True, eq=False)
+class FusePlan:
+    """Pure data: the patches of all layers that differ from the base.
+
+    Attributes:
+        patches: Layer key → patch.
+        compat: ``exact``: one float32 sum, one rounding; ``a1111``: as the WebUI rounds, in prompt order.
+    """
+
+    patches: Mapping[str, LayerPatch]
+    compat: Compat = "exact"
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of everything that decides the result; the empty plan has the key ``""``."""
+        if not self.patches:
+            return ""
+        digest = hashlib.sha256(self.compat.encode())
+        for name in sorted(self.patches):
+            digest.update(repr(self.patches[name].key).encode())
+        return digest.hexdigest()
+
+
+def make_plan(matches: Iterable[tuple[Match, Scale]], compat: Compat = "exact") -> FusePlan:
+    """Collect the terms of every layer.
+
+    In ``exact`` the terms are sorted and the factors of one network are summed, so the order of the request and
+    repetitions in it do not change a bit of the result. In ``a1111`` the prompt's order stands.
+    """
+    collected: dict[str, list[tuple[LayerRef, Network, Term]]] = {}
+    for match, scale in matches:
+        for layer, adapter in match.layers:
+            if (factor := scale.factor(layer)) and adapter.rank:
+                collected.setdefault(layer.key, []).append((layer, match.network, Term(adapter, factor)))
+    patches: dict[str, LayerPatch] = {}
+    for name, entries in collected.items():
+        merged = _summed(entries) if compat == "exact" else entries
+        if merged:
+            patches[name] = LayerPatch(
+                merged[0][0], tuple(term for _, _, term in merged), tuple(network for _, network, _ in merged)
+            )
+    return FusePlan(patches, compat)
+
+
+def _summed(entries: list[tuple[LayerRef, Network, Term]]) -> list[tuple[LayerRef, Network, Term]]:
+    """One entry a network, sorted by its identity; factors that cancel leave nothing."""
+    groups: dict[str, list[tuple[LayerRef, Network, Term]]] = {}
+    for entry in entries:
+        groups.setdefault(entry[1].uid, []).append(entry)
+    summed: list[tuple[LayerRef, Network, Term]] = []
+    for _, group in sorted(groups.items()):
+        layer, network, first = group[0]
+        if factor := math.fsum(term.factor for _, _, term in group):
+            summed.append((layer, network, Term(first.adapter, factor)))
+    return summed

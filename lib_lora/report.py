@@ -1,0 +1,103 @@
+"""What a change of LoRAs did, as data and as lines to read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class AppliedLora:
+    """One LoRA that is in the model now.
+
+    Attributes:
+        name: As the request wrote it.
+        path: Its file.
+        te: Strength of the text encoders.
+        unet: Strength of the UNet.
+        layers: Layers of the model it changes.
+        unmatched: Layers of the file that the model has not.
+        rank: Largest rank of a layer.
+        algorithm: Such as ``LoRA``.
+    """
+
+    name: str
+    path: Path
+    te: float
+    unet: float
+    layers: int
+    unmatched: int
+    rank: int
+    algorithm: str
+
+    def __str__(self) -> str:
+        """One line."""
+        total = self.layers + self.unmatched
+        strength = f"{self.unet:g}" if self.te == self.unet else f"te {self.te:g}, unet {self.unet:g}"
+        return f"{self.name} at {strength}: {self.algorithm} rank {self.rank}, {self.layers} of {total} layers"
+
+
+@dataclass(frozen=True)
+class RefusedLora:
+    """One LoRA that was asked for and is not applied.
+
+    Attributes:
+        name: As the request wrote it.
+        reason: One sentence.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SessionReport:
+    """Result of `LoraSession.set`.
+
+    Attributes:
+        text: The prompt without its tags.
+        applied: What is in the model now, in the order of the request.
+        refused: What is not, and why.
+        notes: Other things to know.
+        milliseconds: Wall time of all of it: files, plan and weights.
+        layers_written: Layers that were fused or hooked.
+        layers_restored: Layers that got their base back.
+        layers_kept: Layers that were so already.
+        store: Where the base weights are.
+        store_bytes: Memory that takes, in bytes.
+        mode: ``prefuse`` or ``hook``.
+    """
+
+    text: str = ""
+    applied: tuple[AppliedLora, ...] = ()
+    refused: tuple[RefusedLora, ...] = ()
+    notes: tuple[str, ...] = ()
+    milliseconds: float = 0.0
+    layers_written: int = 0
+    layers_restored: int = 0
+    layers_kept: int = 0
+    store: str = ""
+    store_bytes: int = 0
+    mode: str = "prefuse"
+
+    def __str__(self) -> str:
+        """Lines for a console or a page."""
+        lines = [f"+ {lora}" for lora in self.applied] or ["no LoRA"]
+        lines += [f"- {refused.reason}" for refused in self.refused]
+        lines += [f"! {note}" for note in self.notes]
+        verb = "fused" if self.mode == "prefuse" else "hooked"
+        lines.append(
+            f"{self.layers_written} layers {verb}, {self.layers_restored} restored, {self.layers_kept} unchanged in "
+            f"{self.milliseconds:.0f} ms; base weights: {self.store}, {self.store_bytes / 1e6:.0f} MB"
+        )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        data = asdict(self)
+        for lora in data["applied"]:
+            lora["path"] = str(lora["path"])
+        return data
