@@ -30,7 +30,7 @@ from lib_lora.core.header import (
     TensorInfo,
     encode_header,
 )
-from lib_lora.core.reading import (
+from lib_lora.core.opening import (
     FileIdentity,
     checked_header,
     map_data,

@@ -24,6 +24,8 @@ LENGTH_BYTES = 8
 HEAD_BYTES = 512
 MAX_DIMENSIONS = 32
 MAX_DIGITS = 20
+# Each value of a JSON text but the first of a list follows a comma: a bound of the memory that it becomes.
+MAX_COMMAS = 2_000_000
 MEGABYTE = 1_000_000
 
 _DTYPE_NAMES = {
@@ -181,8 +183,11 @@ class _Repeated(dict[str, Any]):
 
 
 def _parse_json(raw: bytes, most_tensors: int) -> dict[str, Any]:
-    text = raw.decode()
-    decoded = json.loads(text, object_pairs_hook=_object_reader(most_tensors), parse_int=_bounded_int)
+    if raw.count(b",") > MAX_COMMAS:
+        raise ValueError(f"it has more than {MAX_COMMAS:,} values")
+    if raw.count(b'"data_offsets"') > most_tensors:  # the usual spelling, told before any of it is parsed
+        raise ValueError(f"it has more than {most_tensors:,} tensors")
+    decoded = json.loads(raw.decode(), object_pairs_hook=_object_reader(most_tensors), parse_int=_bounded_int)
     if not isinstance(decoded, dict):
         raise ValueError("it is not a JSON object")  # noqa: TRY004 -- one kind of fault for all of its shapes
     entries = cast("dict[str, Any]", decoded)
@@ -252,9 +257,12 @@ def _tensor_info(name: str, value: object) -> TensorInfo:
     dtype = _dtype(name, entry.get("dtype"))
     shape = _sizes(name, "shape", entry.get("shape"))
     offsets = _sizes(name, "data_offsets", entry.get("data_offsets"))
-    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+    size = math.prod(shape) * dtype.itemsize
+    if len(offsets) != 2 or offsets[1] - offsets[0] != size:
         raise ValueError(f"tensor {name!r} of shape {shape} and {dtype} has the offsets {offsets}")
-    return TensorInfo(dtype, shape, offsets[0], offsets[1])
+    if not size and math.prod(length or 1 for length in shape) >= 2**63:  # torch can not stride over it
+        raise ValueError(f"tensor {name!r} has the impossible shape {shape}")
+    return TensorInfo(dtype, shape, *offsets)
 
 
 def _dtype(name: str, value: object) -> torch.dtype:
@@ -266,18 +274,15 @@ def _dtype(name: str, value: object) -> torch.dtype:
 
 
 def _sizes(name: str, what: str, value: object) -> tuple[int, ...]:
-    """A list of sizes whose product, zeros left out, fits 63 bits: what torch can stride over."""
-    sizes = cast("list[Any]", value) if isinstance(value, list) else [-1]
-    if len(sizes) > MAX_DIMENSIONS or not all(type(size) is int and size >= 0 for size in sizes):
-        raise ValueError(f"tensor {name!r} has the {what} {str(sizes)[:80]}")
-    if math.prod(size or 1 for size in sizes) >= 2**63 and what == "shape":
-        raise ValueError(f"tensor {name!r} has the impossible shape {sizes}")
-    return tuple(sizes)
+    sizes: tuple[Any, ...] = tuple(cast("list[Any]", value)) if isinstance(value, list) else (None,)
+    if len(sizes) > MAX_DIMENSIONS or not {int}.issuperset(map(type, sizes)) or min(sizes, default=0) < 0:
+        raise ValueError(f"tensor {name!r} has the {what} {str(sizes[:MAX_DIMENSIONS])[:80]}")
+    return sizes
 
 
 def _in_data_order(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors sorted by place, which must follow each other without hole or overlap."""
-    ordered = dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
     expected = 0
     for name, info in ordered.items():
         if info.begin != expected:
