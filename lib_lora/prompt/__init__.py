@@ -1,0 +1,1 @@
+"""What users write: text in, plain data out. No torch, no files."""

@@ -1,0 +1,197 @@
+"""``<lora:name:te:unet:dyn>`` tags of a prompt, by the WebUI's rules.
+
+Reading never raises and takes linear time, whatever the text is. Numbers are what Python's ``float`` and ``int`` take,
+as in the WebUI: spaces around them, ``1_0`` and full-width digits are fine. Unlike there, a tag with a bad number is
+refused alone, and so is one that is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+TAG_NAMES = frozenset({"lora", "lyco"})
+MAX_STRENGTH = 100.0
+MAX_RANK = 1_000_000
+MAX_NUMBER_LETTERS = 1000
+"""Longer texts are no number: some Python versions take minutes to read an integer of a million digits."""
+SHOWN_LETTERS = 60
+
+_TAG = re.compile(r"<(\w+):([^>]+)>")
+_UNWRITABLE = re.compile("[:>\x00-\x1f\x7f\ud800-\udfff]")
+_READ_NAMES = frozenset({"te", "unet", "dyn"})
+_POSITIONS = 4
+
+
+@dataclass(frozen=True)
+class LoraRequest:
+    """One LoRA that a prompt asks for.
+
+    Attributes:
+        name: As written: neither stripped nor looked up yet.
+        te: Strength of the text encoders.
+        unet: Strength of the UNet.
+        dyn: How many ranks of each layer to use, or None for all.
+        raw: The whole tag.
+        ignored: Arguments that this version gives no meaning, as written.
+    """
+
+    name: str
+    te: float = 1.0
+    unet: float = 1.0
+    dyn: int | None = None
+    raw: str = ""
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TagProblem:
+    """One tag that is refused.
+
+    Attributes:
+        raw: The whole tag.
+        message: Why, and what to write instead: one sentence.
+    """
+
+    raw: str
+    message: str
+
+
+@dataclass(frozen=True)
+class ParsedPrompt:
+    """A prompt and what its tags ask for.
+
+    Attributes:
+        text: The prompt without its LoRA tags; other text is kept as it is.
+        requests: Good tags in the order of the text. A LoRA that is named twice is there twice.
+        problems: Bad tags in the order of the text.
+    """
+
+    text: str
+    requests: tuple[LoraRequest, ...] = ()
+    problems: tuple[TagProblem, ...] = ()
+
+
+class _BadTag(ValueError):  # noqa: N818 -- becomes a TagProblem, never leaves this module
+    """Why a tag is refused."""
+
+
+def parse_prompt(text: str) -> ParsedPrompt:
+    """Take ``<lora:…>`` and ``<lyco:…>`` out of a prompt; never raises, linear in the length of `text`.
+
+    Source: modules/extra_networks.py and extensions-builtin/Lora of the WebUI 1.10.1, whose results these are.
+    """
+    requests: list[LoraRequest] = []
+    problems: list[TagProblem] = []
+
+    def take(match: re.Match[str]) -> str:
+        raw, kind, arguments = match.group(0, 1, 2)
+        if kind not in TAG_NAMES:
+            return raw
+        try:
+            requests.append(_read_arguments(raw, arguments))
+        except _BadTag as fault:
+            problems.append(TagProblem(raw, f"{shorten(raw)} is not applied: {fault}"))
+        return ""
+
+    # Without a ">" ahead, each of many "<lora:" would be searched to the end of the text.
+    end = text.rfind(">") + 1
+    rest = _TAG.sub(take, text[:end]) + text[end:]
+    return ParsedPrompt(rest, tuple(requests), tuple(problems))
+
+
+def parse_numbers(loras: Iterable[Sequence[str | float]]) -> ParsedPrompt:
+    """Requests from ``(name, strength)`` and ``(name, te, unet)`` tuples, under the same limits as tags."""
+    requests: list[LoraRequest] = []
+    problems: list[TagProblem] = []
+    for lora in loras:
+        raw = ":".join(map(str, lora))
+        try:
+            requests.append(_read_tuple(lora, raw))
+        except _BadTag as fault:
+            problems.append(TagProblem(raw, f"{shorten(raw)} is not applied: {fault}"))
+    return ParsedPrompt("", tuple(requests), tuple(problems))
+
+
+def writable_name(name: str) -> str:
+    """How a tag spells the LoRA `name`: with ``_`` for what would end the name.
+
+    That is ``:``, ``>``, control characters, broken Unicode, and ``=`` if there is exactly one, for that makes a named
+    argument.
+    """
+    spelling = _UNWRITABLE.sub("_", name)
+    return spelling.replace("=", "_") if spelling.count("=") == 1 else spelling
+
+
+def shorten(text: str) -> str:
+    """A user's text as a sentence can hold it: on one line, printable, cut after `SHOWN_LETTERS`."""
+    shown = text if len(text) <= SHOWN_LETTERS else f"{text[: SHOWN_LETTERS - 1]}…"
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in shown)
+
+
+def _read_arguments(raw: str, arguments: str) -> LoraRequest:
+    positional: list[str] = []
+    named: dict[str, str] = {}
+    ignored: list[str] = []
+    for argument in arguments.split(":"):
+        key, *values = argument.split("=")
+        if len(values) != 1:
+            positional.append(argument)
+        elif key in _READ_NAMES:
+            named[key] = values[0]
+        else:
+            ignored.append(argument)
+    return _request(raw, positional, named, (*ignored, *positional[_POSITIONS:]))
+
+
+def _request(raw: str, positional: list[str], named: dict[str, str], ignored: tuple[str, ...]) -> LoraRequest:
+    """The values of a tag: defaults, then positions, then names, which win."""
+    if not positional or not positional[0]:
+        raise _BadTag("it names no LoRA; write <lora:NAME:0.8>")
+    te = _strength("te", positional[1]) if len(positional) > 1 else 1.0
+    te = _strength("te", named["te"]) if "te" in named else te
+    unet = _strength("unet", positional[2]) if len(positional) > 2 else te
+    unet = _strength("unet", named["unet"]) if "unet" in named else unet
+    dyn = _rank(positional[3]) if len(positional) > 3 else None
+    dyn = _rank(named["dyn"]) if "dyn" in named else dyn
+    return LoraRequest(positional[0], te, unet, dyn, raw, ignored)
+
+
+def _read_tuple(lora: Sequence[str | float], raw: str) -> LoraRequest:
+    if len(lora) not in (2, 3) or not isinstance(lora[0], str) or not lora[0]:
+        raise _BadTag("give (name, strength) or (name, te, unet)")
+    te = _strength("te", lora[1])
+    return LoraRequest(lora[0], te, _strength("unet", lora[2]) if len(lora) == 3 else te, raw=raw)
+
+
+def _strength(what: str, value: str | float) -> float:
+    """A finite number of at most `MAX_STRENGTH` in size."""
+    try:
+        number = float(_number_text(value) if isinstance(value, str) else value)
+    except (ValueError, TypeError, OverflowError):
+        raise _BadTag(f"{what} is {shorten(str(value))!r}, not a number; write one such as 0.8") from None
+    if not math.isfinite(number) or abs(number) > MAX_STRENGTH:
+        limit = f"{MAX_STRENGTH:g}"
+        raise _BadTag(f"{what} is {shorten(str(value))}, beyond the limits; write a number from -{limit} to {limit}")
+    return number
+
+
+def _rank(text: str) -> int:
+    try:
+        rank = int(_number_text(text))
+    except ValueError:
+        raise _BadTag(f"dyn is {shorten(text)!r}, not a whole number; write a rank such as 16") from None
+    if not 0 <= rank <= MAX_RANK:
+        raise _BadTag(f"dyn is {shorten(text)}; write a rank from 0 to {MAX_RANK}")
+    return rank
+
+
+def _number_text(text: str) -> str:
+    if len(text) > MAX_NUMBER_LETTERS:
+        raise ValueError(f"{len(text)} letters are no number")
+    return text
