@@ -1,4 +1,4 @@
-"""From a path to tensors and back: checked reading, and the only place that writes files.
+"""From a path to tensors and back: checked reading, and with `lib_lora.core.replacing` the only writing of files.
 
 Reading trusts neither the name nor the content of a file; writing is all or nothing.
 """
@@ -8,13 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
-import shutil
-import time
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +19,6 @@ from lib_lora.core.header import (
     CHECKPOINT_LIMITS,
     DTYPES,
     LORA_LIMITS,
-    MEGABYTE,
     Header,
     HeaderLimits,
     TensorInfo,
@@ -40,15 +34,16 @@ from lib_lora.core.opening import (
     shown,
     tensor_view,
 )
+from lib_lora.core.replacing import TempFile, replacing
 from lib_lora.errors import FileError, OutputError, UnsafePathError
 
 if TYPE_CHECKING:
+    from io import FileIO
+
     from torch import Tensor
 
 # Files up to this many bytes are read into memory; larger ones are mapped.
 READ_LIMIT = 2 * 1024**3
-STALE_SECONDS = 24 * 3600
-TEMP_PREFIX = ".tmp-"
 CHUNK_BYTES = 1 << 20
 MAX_NAME_BYTES = 255
 
@@ -193,7 +188,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         OutputError: If `folder` is no folder or can not be written to.
     """
     try:
-        _TempFile(Path(folder)).discard()
+        TempFile(Path(folder)).discard()
     except (OSError, ValueError) as error:
         raise OutputError(f"the folder {shown(folder)} can not be written to: {reason_of(error)}") from error
 
@@ -221,7 +216,7 @@ def save_tensors(
     except ValueError as error:
         raise OutputError(f"{shown(path)} was not saved, a name has broken Unicode: {error}") from error
     size = len(header) + sum(info.end - info.begin for info in layout.values())
-    with _replacing(path, size, overwrite) as temp:
+    with replacing(path, size, overwrite) as temp:
         temp.write(header)
         for name in layout:
             temp.write(_bytes_of(tensors[name]))
@@ -234,7 +229,7 @@ def save_bytes(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = F
     Raises:
         OutputError: As `save_tensors`.
     """
-    with _replacing(Path(path), len(data), overwrite) as temp:
+    with replacing(Path(path), len(data), overwrite) as temp:
         temp.write(data)
 
 
@@ -255,7 +250,8 @@ def _layout(tensors: Mapping[str, Tensor], path: Path) -> dict[str, TensorInfo]:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The elements in row-major order; a copy only if they do not lie so in the CPU's memory."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+    flat = plain.reshape(-1).view(torch.uint8)
+    return flat.numpy().data
 
 
 def _verify(file: FileIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
@@ -272,77 +268,3 @@ def _verify(file: FileIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
         file.seek(header.data_start + header.tensors[name].begin)
         if file.read(len(expected)) != expected:
             raise OutputError(f"{shown(path)} was not saved: the disk gave back other bytes for tensor {name!r}")
-
-
-class _TempFile:
-    """A new file with a name of its own in the folder of a file to be replaced.
-
-    Made by `open` with mode 0666, so that the umask and the folder decide on the permissions, as for any new file.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / f"{TEMP_PREFIX}{secrets.token_hex(8)}"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        self.file = FileIO(os.open(self._path, flags, 0o666), "r+")
-
-    def write(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self.file.write(rest) :]
-
-    def publish(self, path: Path) -> None:
-        """Rename to `path`, when the bytes are on the disk."""
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self._path.replace(path)
-        if os.name != "nt":  # Windows can not open folders
-            _sync_folder(path.parent)
-
-    def discard(self) -> None:
-        self.file.close()
-        self._path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _replacing(path: Path, size: int, overwrite: bool) -> Generator[_TempFile]:
-    """A temporary file that becomes `path` if the block ends well, and is removed if not."""
-    try:
-        _check_target(path, overwrite)
-        _remove_stale_temps(path.parent)
-        if shutil.disk_usage(path.parent).free < size:
-            raise OutputError(f"{shown(path)} was not saved: it needs {size / MEGABYTE:,.1f} MB, the disk is full")
-        temp = _TempFile(path.parent)
-        try:
-            yield temp
-            _check_target(path, overwrite)  # it may have come into being meanwhile
-            temp.publish(path)
-        except BaseException:
-            temp.discard()
-            raise
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{shown(path)} was not saved: {reason_of(error)}") from error
-
-
-def _check_target(path: Path, overwrite: bool) -> None:
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise OutputError(f"{shown(path)} is a link, a folder or a device and is not replaced; choose another name")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{shown(path)} exists already; choose another name, or allow to overwrite it")
-
-
-def _remove_stale_temps(folder: Path) -> None:
-    """Remove what killed processes left; younger ones may be in use."""
-    for temp in folder.glob(f"{TEMP_PREFIX}{'[0-9a-f]' * 16}"):
-        with suppress(OSError):  # another process may be at the same
-            if time.time() - temp.lstat().st_mtime > STALE_SECONDS:
-                temp.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename outlive a power cut, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # network file systems refuse; the file itself is safe
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,111 @@
+"""Replacing a file by another one: wholly or not at all, whatever happens on the way."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from contextlib import contextmanager, suppress
+from io import FileIO
+from typing import TYPE_CHECKING
+
+from lib_lora.core.header import MEGABYTE
+from lib_lora.core.opening import reason_of, shown
+from lib_lora.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+STALE_SECONDS = 24 * 3600
+TEMP_PREFIX = ".tmp-"
+
+
+class TempFile:
+    """A new file with a name of its own in the folder of a file to be replaced.
+
+    Made by `open` with mode 0666, so that the umask and the folder decide on the permissions, as for any new file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / f"{TEMP_PREFIX}{secrets.token_hex(8)}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        self.file = FileIO(os.open(self._path, flags, 0o666), "r+")
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append all of `data`.
+
+        Raises:
+            OSError: If the disk is full or a limit is reached.
+        """
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self.file.write(rest) :]
+
+    def publish(self, path: Path) -> None:
+        """Rename to `path`, when the bytes are on the disk."""
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self._path.replace(path)
+        if os.name != "nt":  # Windows can not open folders
+            _sync_folder(path.parent)
+
+    def discard(self) -> None:
+        """Close and remove it, published or not."""
+        self.file.close()
+        self._path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path, size: int, overwrite: bool) -> Generator[TempFile]:
+    """A temporary file that becomes `path` if the block ends well, and is removed if not.
+
+    Args:
+        path: The file to be. What is there stays untouched until the new file is whole and on the disk.
+        size: Bytes that will be written.
+        overwrite: Whether an older file is replaced.
+
+    Raises:
+        OutputError: If `path` exists and `overwrite` is not set, is a link or no file, or can not be written.
+    """
+    try:
+        _check_target(path, overwrite)
+        _remove_stale_temps(path.parent)
+        if shutil.disk_usage(path.parent).free < size:
+            raise OutputError(f"{shown(path)} was not saved: it needs {size / MEGABYTE:,.1f} MB, the disk is full")
+        temp = TempFile(path.parent)
+        try:
+            yield temp
+            _check_target(path, overwrite)  # it may have come into being meanwhile
+            temp.publish(path)
+        except BaseException:
+            temp.discard()
+            raise
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{shown(path)} was not saved: {reason_of(error)}") from error
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OutputError(f"{shown(path)} is a link, a folder or a device and is not replaced; choose another name")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{shown(path)} exists already; choose another name, or allow to overwrite it")
+
+
+def _remove_stale_temps(folder: Path) -> None:
+    """Remove what killed processes left; younger ones may be in use."""
+    for temp in folder.glob(f"{TEMP_PREFIX}{'[0-9a-f]' * 16}"):
+        with suppress(OSError):  # another process may be at the same
+            if time.time() - temp.lstat().st_mtime > STALE_SECONDS:
+                temp.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename outlive a power cut, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # network file systems refuse; the file itself is safe
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
