@@ -94,3 +94,7 @@ class ForeignWriteError(ApplyError):
 
 class ModelError(PrefuseError):
     """A model can not be loaded or is not one that LoRAs can be applied to."""
+
+
+class RequestError(PrefuseError):
+    """A picture was asked for in a way that can not be drawn, or it came out as NaN."""

@@ -1,0 +1,1 @@
+"""The programs that the core runs in; no host imports another."""

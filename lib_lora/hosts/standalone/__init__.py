@@ -1,0 +1,1 @@
+"""The product without a WebUI: diffusers pipelines, the embedded demo model, pictures."""
