@@ -6,7 +6,6 @@ Reading trusts neither the name nor the content of a file; writing is all or not
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from lib_lora.core.replacing import TempFile, replacing
 from lib_lora.errors import FileError, OutputError, UnsafePathError
 
 if TYPE_CHECKING:
+    import os
     from io import FileIO
 
     from torch import Tensor
