@@ -1,0 +1,121 @@
+"""Families of models, recognised in LoRA files and in models by their layers."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    Shapes = Mapping[str, Sequence[int]]
+
+
+class BaseModel(Enum):
+    """A family whose models share layer names and shapes; the value is its name for people."""
+
+    SD1 = "SD 1.x"
+    SD2 = "SD 2.x"
+    SDXL = "SDXL"
+    SD3 = "SD 3.x"
+    FLUX = "Flux"
+    UNKNOWN = "an unknown model"
+
+    def compatible(self, other: BaseModel) -> bool:
+        """Whether one can be meant for the other: no if both are known and differ."""
+        return self is other or BaseModel.UNKNOWN in (self, other)
+
+    @classmethod
+    def of_model(cls, shapes: Shapes) -> BaseModel:
+        """Family of a model.
+
+        Args:
+            shapes: Layer name (see `naming`) → shape of its weight, (out, in[, kh, kw]).
+        """
+        return cls.of_file(shapes, {})
+
+    @classmethod
+    def of_file(cls, shapes: Shapes, metadata: Mapping[str, str]) -> BaseModel:
+        """Family that a LoRA file was made for. Its layers count; its metadata only where they do not tell.
+
+        Args:
+            shapes: Layer name → shape of the weight it changes, (out, in[, kh, kw]), or () if that is not known.
+            metadata: Header metadata as kohya's trainer and the ModelSpec standard write it.
+        """
+        return _of_names(shapes) or _of_widths(shapes) or _of_metadata(metadata) or _of_clip_l(shapes) or cls.UNKNOWN
+
+
+_MARKERS = (
+    ("double_blocks_", BaseModel.FLUX),
+    ("single_blocks_", BaseModel.FLUX),
+    ("single_transformer_blocks_", BaseModel.FLUX),
+    ("joint_blocks_", BaseModel.SD3),
+    ("_attn_add_q_proj", BaseModel.SD3),
+    ("_attn_add_k_proj", BaseModel.SD3),
+    ("_attn_add_v_proj", BaseModel.SD3),
+    ("te2:", BaseModel.SDXL),
+    ("unet:add_embedding_", BaseModel.SDXL),
+    ("unet:label_emb_", BaseModel.SDXL),
+    ("_attentions_0_transformer_blocks_1_", BaseModel.SDXL),
+    ("_attentions_1_transformer_blocks_1_", BaseModel.SDXL),
+    ("_attentions_2_transformer_blocks_1_", BaseModel.SDXL),
+    ("_1_transformer_blocks_1_", BaseModel.SDXL),
+)
+"""Text in a layer's name → family; the first that occurs in any layer counts. SDXL's transformers are deeper than 1."""
+
+_CONTEXT_LAYERS = ("attn2_to_k", "attn2_to_v")
+_CONTEXT = {768: BaseModel.SD1, 1024: BaseModel.SD2, 2048: BaseModel.SDXL, 1280: BaseModel.SDXL}
+"""Width of the text embedding that the UNet reads → family; 1280 is SDXL's refiner."""
+
+_TE_LAYERS = ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj", "mlp_fc1")
+_OPEN_CLIP_H = 1024
+_CLIP_L = 768
+"""Width of CLIP ViT-L: SD 1.x's only text encoder, but also the first of SDXL, SD 3 and Flux."""
+
+_METADATA_KEYS = ("ss_base_model_version", "modelspec.architecture")
+_METADATA_TEXTS = (
+    ("sdxl", BaseModel.SDXL),
+    ("stable-diffusion-xl", BaseModel.SDXL),
+    ("flux", BaseModel.FLUX),
+    ("sd3", BaseModel.SD3),
+    ("stable-diffusion-3", BaseModel.SD3),
+    ("sd_v2", BaseModel.SD2),
+    ("stable-diffusion-v2", BaseModel.SD2),
+    ("sd_v1", BaseModel.SD1),
+    ("stable-diffusion-v1", BaseModel.SD1),
+)
+_METADATA_V2 = {"True": BaseModel.SD2, "False": BaseModel.SD1}
+
+
+def _of_names(shapes: Shapes) -> BaseModel | None:
+    text = "\n".join(shapes)
+    return next((family for marker, family in _MARKERS if marker in text), None)
+
+
+def _of_widths(shapes: Shapes) -> BaseModel | None:
+    contexts = [_CONTEXT[width] for width in _widths(shapes, "unet:", _CONTEXT_LAYERS) if width in _CONTEXT]
+    if contexts:
+        return contexts[0]
+    return BaseModel.SD2 if _OPEN_CLIP_H in _widths(shapes, "te1:", _TE_LAYERS) else None
+
+
+def _of_clip_l(shapes: Shapes) -> BaseModel | None:
+    """The text encoder that says least."""
+    only_te = not any(name.startswith("unet:") for name in shapes)
+    return BaseModel.SD1 if only_te and _CLIP_L in _widths(shapes, "te1:", _TE_LAYERS) else None
+
+
+def _widths(shapes: Shapes, component: str, endings: tuple[str, ...]) -> Iterator[int]:
+    return (
+        shape[1]
+        for name, shape in shapes.items()
+        if name.startswith(component) and name.endswith(endings) and len(shape) > 1
+    )
+
+
+def _of_metadata(metadata: Mapping[str, str]) -> BaseModel | None:
+    for key in _METADATA_KEYS:
+        said = metadata.get(key, "").lower()
+        if family := next((family for text, family in _METADATA_TEXTS if text in said), None):
+            return family
+    return _METADATA_V2.get(metadata.get("ss_v2", ""))

@@ -1,0 +1,149 @@
+"""Key layouts of LoRA files, as data: which layer a key means and which part of the adapter it holds.
+
+A layer's name is ``component:path`` with the dots of the path as underscores, because kohya's flat names can not be
+turned back: ``unet:down_blocks_0_attentions_0_proj_in``, ``te1:encoder_layers_0_mlp_fc1``. A KeyMap knows all
+spellings of the path.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class KeyParts(NamedTuple):
+    """What one key of a LoRA file says.
+
+    Attributes:
+        layer: Layer name, ``component:path``.
+        role: Which tensor of the adapter, in kohya's terms (``lora_up``, ``lora_down``, ``lora_mid``, ``alpha``,
+            ``dora_scale``, ``scale``), or another family's own suffix such as ``hada_w1_a``.
+        layout: Whose way of writing layer names it is; within a layer a file keeps to one.
+    """
+
+    layer: str
+    role: str
+    layout: str
+
+
+class _Prefix(NamedTuple):
+    text: str
+    component: str
+    layout: str
+
+
+_PREFIXES = (
+    _Prefix("lora_unet_", "unet", "kohya"),
+    _Prefix("lora_te1_", "te1", "kohya"),
+    _Prefix("lora_te2_", "te2", "kohya"),
+    _Prefix("lora_te3_", "te3", "kohya"),
+    _Prefix("lora_te_", "te1", "kohya"),
+    _Prefix("lora_transformer_", "transformer", "kohya"),
+    _Prefix("lycoris_unet_", "unet", "lycoris"),
+    _Prefix("lycoris_text_model_", "te1", "lycoris"),
+    _Prefix("lycoris_", "unet", "lycoris"),
+    _Prefix("unet.", "unet", "diffusers"),
+    _Prefix("text_encoder_3.", "te3", "diffusers"),
+    _Prefix("text_encoder_2.", "te2", "diffusers"),
+    _Prefix("text_encoder.", "te1", "diffusers"),
+    _Prefix("transformer.resblocks.", "te1", "ldm"),
+    _Prefix("transformer.", "transformer", "diffusers"),
+    _Prefix("model.diffusion_model.", "unet", "ldm"),
+    _Prefix("diffusion_model.", "unet", "ldm"),
+    _Prefix("cond_stage_model.transformer.text_model.", "te1", "ldm"),
+    _Prefix("cond_stage_model.model.", "te1", "ldm"),
+    _Prefix("conditioner.embedders.0.transformer.", "te1", "ldm"),
+    _Prefix("conditioner.embedders.1.model.", "te2", "ldm"),
+    _Prefix("text_model.", "te1", "bare"),
+    _Prefix("", "unet", "bare"),
+)
+"""The first that a key starts with counts."""
+
+_KEPT_PREFIXES = {"transformer.resblocks.": "transformer_resblocks_"}
+"""What of a prefix belongs to the layer's path."""
+
+_PEFT = "base_model.model."
+
+_KOHYA_ROLES = {
+    "lora_up.weight": "lora_up",  # kohya
+    "lora_down.weight": "lora_down",
+    "lora_mid.weight": "lora_mid",
+    "lora_B.weight": "lora_up",  # PEFT
+    "lora_A.weight": "lora_down",
+    "lora_magnitude_vector.weight": "dora_scale",
+    "lora_magnitude_vector": "dora_scale",
+    "lora.up.weight": "lora_up",  # diffusers
+    "lora.down.weight": "lora_down",
+    "lora_linear_layer.up.weight": "lora_up",
+    "lora_linear_layer.down.weight": "lora_down",
+}
+
+_OWN_ROLES = (
+    ("alpha", "dora_scale", "scale"),
+    ("lora_up.bias", "lora_B.bias", "lora_bias", "lora_embedding_A", "lora_embedding_B"),
+    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2"),
+    ("oft_blocks", "oft_diag", "oft_R.weight", "rescale", "constraint"),
+    ("diff", "diff_b", "set_weight", "reshape_weight", "bias_indices", "bias_values", "bias_size"),
+    ("w_norm", "b_norm", "on_input"),
+    ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
+)
+
+_ROLES = _KOHYA_ROLES | {role: role for family in _OWN_ROLES for role in family}
+_FLAT_ROLES = {"weight": "weight"}
+"""IA3's vector; only flat names, because a dotted ``.weight`` is a model's own."""
+
+_ADAPTER_NAMED = ("lora_A", "lora_B", "lora_magnitude_vector")
+"""PEFT writes the adapter's name behind these, such as ``lora_A.default.weight``."""
+
+_OLD_PROCESSOR = ".processor."
+_OLD_PROCESSOR_PARTS = (
+    (_OLD_PROCESSOR, "."),
+    (".to_q_lora.", ".to_q.lora."),
+    (".to_k_lora.", ".to_k.lora."),
+    (".to_v_lora.", ".to_v.lora."),
+    (".to_out_lora.", ".to_out.0.lora."),
+)
+"""diffusers before 0.22 kept LoRAs in the attention processor."""
+
+WRAPPERS = ("_orig_mod", "base_layer")
+"""Parts that torch.compile and PEFT put into module paths."""
+
+
+def split_key(key: str) -> KeyParts | None:
+    """Tell layer and role of a key, or None if it is no tensor of an adapter. Takes any text, in linear time."""
+    layout = ""
+    if key.startswith(_PEFT):
+        key, layout = key[len(_PEFT) :], "peft"
+    if _OLD_PROCESSOR in key:
+        for old, new in _OLD_PROCESSOR_PARTS:
+            key = key.replace(old, new)
+    prefix = next(prefix for prefix in _PREFIXES if key.startswith(prefix.text))
+    path, role = _split_role(key[len(prefix.text) :])
+    if not path or not role or (role in _FLAT_ROLES and prefix.layout not in ("kohya", "lycoris")):
+        return None
+    path = _KEPT_PREFIXES.get(prefix.text, "") + path
+    return KeyParts(layer_name(prefix.component, path), role, layout or prefix.layout)
+
+
+def layer_name(component: str, path: str) -> str:
+    """Layer name of a dotted or flat path in a component."""
+    flat = path.replace(".", "_")
+    for wrapper in WRAPPERS:
+        flat = flat.replace(f"{wrapper}_", "").removesuffix(f"_{wrapper}")
+    return f"{component}:{flat.removeprefix('text_model_') if component.startswith('te') else flat}"
+
+
+def _split_role(key: str) -> tuple[str, str]:
+    """Path and role; the longest known suffix counts."""
+    for count in (3, 2, 1):
+        path, *tail = key.rsplit(".", count)
+        if len(tail) == count and (role := _role(tail)):
+            return path, role
+    return "", ""
+
+
+def _role(tail: list[str]) -> str:
+    if len(tail) > 1 and tail[0] in _ADAPTER_NAMED and tail[1] not in ("weight", "bias"):
+        tail = [tail[0], *tail[2:]]
+    name = ".".join(tail)
+    return _ROLES.get(name) or _FLAT_ROLES.get(name, "")
