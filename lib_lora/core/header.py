@@ -245,7 +245,7 @@ def _metadata_text(value: object) -> str | None:
 
 def _encodable(text: str) -> str:
     """The text with lone surrogates replaced: they can neither be printed nor saved."""
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _tensor_info(name: str, value: object) -> TensorInfo:
@@ -268,7 +268,7 @@ def _tensor_info(name: str, value: object) -> TensorInfo:
 def _dtype(name: str, value: object) -> torch.dtype:
     dtype = DTYPES.get(value) if isinstance(value, str) else None
     if dtype is None:
-        reason = f"torch {torch.__version__} does not have" if value in _DTYPE_NAMES else "nobody knows"
+        reason = f"torch {torch.__version__} does not have" if value in [*_DTYPE_NAMES] else "nobody knows"
         raise ValueError(f"tensor {name!r} has the dtype {str(value)[:40]!r} that {reason}")
     return dtype
 

@@ -194,9 +194,9 @@ def _content_stamp(status: os.stat_result) -> tuple[int, int, int]:
 
 def _seconds_until_settled(status: os.stat_result) -> float:
     """How long until a further write is sure to change the file's times; 0 if it is already."""
-    now = time.time_ns()
-    tick = CLOCK_TICK_NS if status.st_mtime_ns % 1_000_000_000 else COARSE_CLOCK_TICK_NS
-    ages = (now - status.st_mtime_ns, now - status.st_ctime_ns)
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    tick = CLOCK_TICK_NS if any(moment % 1_000_000_000 for moment in times) else COARSE_CLOCK_TICK_NS
+    ages = [time.time_ns() - moment for moment in times]
     return max((tick - age for age in ages if 0 <= age < tick), default=0) / 1e9
 
 
