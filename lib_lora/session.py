@@ -15,11 +15,11 @@ from lib_lora.core.base_store import choose_store
 from lib_lora.core.checkpoint import layer_tensors
 from lib_lora.core.hooks import HookedLayers, is_hookable
 from lib_lora.core.keymap import KeyMap
-from lib_lora.core.opening import FileIdentity
+from lib_lora.core.files import FileIdentity
 from lib_lora.core.network import Network, load_network
 from lib_lora.core.patcher import ModelPatcher
 from lib_lora.core.plan import FusePlan, Match, Scale, make_plan, match_network
-from lib_lora.errors import ModelError, NonFiniteError, PrefuseError
+from lib_lora.errors import ForeignWriteError, ModelError, NonFiniteError, PrefuseError
 from lib_lora.prompt.tags import LoraRequest, ParsedPrompt, parse_numbers, parse_prompt
 from lib_lora.report import AppliedLora, RefusedLora, SessionReport
 
@@ -191,7 +191,8 @@ class LoraSession:
             request: A prompt with tags, or (name, strength) and (name, te, unet) tuples.
 
         Raises:
-            ApplyError: If writing the weights failed; the base weights are back.
+            ApplyError: If writing the weights failed; the base weights are back, or, if something else wrote to fused
+                weights (ForeignWriteError), nothing was changed.
         """
         with self._lock:
             start = time.perf_counter()
@@ -200,6 +201,8 @@ class LoraSession:
             wanted = self._find(parsed.requests, refused)
             try:
                 plan, done = self._apply(wanted, refused)
+            except ForeignWriteError:
+                raise  # nothing was written: what was active still is
             except BaseException:
                 self._back_to_base()
                 raise
