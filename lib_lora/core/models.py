@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ class BaseModel(Enum):
         Args:
             shapes: Layer name (see `naming`) → shape of its weight, (out, in[, kh, kw]).
         """
-        return cls.of_file(shapes, {})
+        return _of_names(shapes) or _of_widths(shapes) or cls.UNKNOWN
 
     @classmethod
     def of_file(cls, shapes: Shapes, metadata: Mapping[str, str]) -> BaseModel:
@@ -46,22 +47,11 @@ class BaseModel(Enum):
 
 
 _MARKERS = (
-    ("double_blocks_", BaseModel.FLUX),
-    ("single_blocks_", BaseModel.FLUX),
-    ("single_transformer_blocks_", BaseModel.FLUX),
-    ("joint_blocks_", BaseModel.SD3),
-    ("_attn_add_q_proj", BaseModel.SD3),
-    ("_attn_add_k_proj", BaseModel.SD3),
-    ("_attn_add_v_proj", BaseModel.SD3),
-    ("te2:", BaseModel.SDXL),
-    ("unet:add_embedding_", BaseModel.SDXL),
-    ("unet:label_emb_", BaseModel.SDXL),
-    ("_attentions_0_transformer_blocks_1_", BaseModel.SDXL),
-    ("_attentions_1_transformer_blocks_1_", BaseModel.SDXL),
-    ("_attentions_2_transformer_blocks_1_", BaseModel.SDXL),
-    ("_1_transformer_blocks_1_", BaseModel.SDXL),
+    (re.compile(r"(double|single|single_transformer)_blocks_"), BaseModel.FLUX),
+    (re.compile(r"joint_blocks_|_attn_add_[qkv]_proj"), BaseModel.SD3),
+    (re.compile(r"^te2:|^unet:(add_embedding|label_emb)_|_[0-9]_transformer_blocks_[1-9]", re.M), BaseModel.SDXL),
 )
-"""Text in a layer's name → family; the first that occurs in any layer counts. SDXL's transformers are deeper than 1."""
+"""Text in layer names → family; the first that occurs counts. Only SDXL's UNet has transformers deeper than 1."""
 
 _CONTEXT_LAYERS = ("attn2_to_k", "attn2_to_v")
 _CONTEXT = {768: BaseModel.SD1, 1024: BaseModel.SD2, 2048: BaseModel.SDXL, 1280: BaseModel.SDXL}
@@ -89,7 +79,7 @@ _METADATA_V2 = {"True": BaseModel.SD2, "False": BaseModel.SD1}
 
 def _of_names(shapes: Shapes) -> BaseModel | None:
     text = "\n".join(shapes)
-    return next((family for marker, family in _MARKERS if marker in text), None)
+    return next((family for marker, family in _MARKERS if marker.search(text)), None)
 
 
 def _of_widths(shapes: Shapes) -> BaseModel | None:

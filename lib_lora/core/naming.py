@@ -26,9 +26,12 @@ class KeyParts(NamedTuple):
 
 
 class _Prefix(NamedTuple):
+    """How keys of a component begin; `kept` if that is a part of the layer's path."""
+
     text: str
     component: str
     layout: str
+    kept: bool = False
 
 
 _PREFIXES = (
@@ -45,21 +48,19 @@ _PREFIXES = (
     _Prefix("text_encoder_3.", "te3", "diffusers"),
     _Prefix("text_encoder_2.", "te2", "diffusers"),
     _Prefix("text_encoder.", "te1", "diffusers"),
-    _Prefix("transformer.resblocks.", "te1", "ldm"),
+    _Prefix("transformer.resblocks.", "te1", "bare", kept=True),
     _Prefix("transformer.", "transformer", "diffusers"),
     _Prefix("model.diffusion_model.", "unet", "ldm"),
     _Prefix("diffusion_model.", "unet", "ldm"),
-    _Prefix("cond_stage_model.transformer.text_model.", "te1", "ldm"),
+    _Prefix("cond_stage_model.transformer.", "te1", "ldm"),
     _Prefix("cond_stage_model.model.", "te1", "ldm"),
     _Prefix("conditioner.embedders.0.transformer.", "te1", "ldm"),
     _Prefix("conditioner.embedders.1.model.", "te2", "ldm"),
     _Prefix("text_model.", "te1", "bare"),
+    _Prefix("encoder.layers.", "te1", "bare", kept=True),
     _Prefix("", "unet", "bare"),
 )
 """The first that a key starts with counts."""
-
-_KEPT_PREFIXES = {"transformer.resblocks.": "transformer_resblocks_"}
-"""What of a prefix belongs to the layer's path."""
 
 _PEFT = "base_model.model."
 
@@ -88,16 +89,16 @@ _OWN_ROLES = (
     ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
 )
 
-_ROLES = _KOHYA_ROLES | {role: role for family in _OWN_ROLES for role in family}
-_FLAT_ROLES = {"weight": "weight"}
-"""IA3's vector; only flat names, because a dotted ``.weight`` is a model's own."""
+_IA3 = "weight"
+"""IA3's vector; only behind flat names, because a dotted ``.weight`` is a model's own."""
+
+_ROLES = _KOHYA_ROLES | {role: role for family in _OWN_ROLES for role in family} | {_IA3: _IA3}
 
 _ADAPTER_NAMED = ("lora_A", "lora_B", "lora_magnitude_vector")
 """PEFT writes the adapter's name behind these, such as ``lora_A.default.weight``."""
 
-_OLD_PROCESSOR = ".processor."
-_OLD_PROCESSOR_PARTS = (
-    (_OLD_PROCESSOR, "."),
+_OLD_PROCESSOR = (
+    (".processor.", "."),
     (".to_q_lora.", ".to_q.lora."),
     (".to_k_lora.", ".to_k.lora."),
     (".to_v_lora.", ".to_v.lora."),
@@ -114,14 +115,12 @@ def split_key(key: str) -> KeyParts | None:
     layout = ""
     if key.startswith(_PEFT):
         key, layout = key[len(_PEFT) :], "peft"
-    if _OLD_PROCESSOR in key:
-        for old, new in _OLD_PROCESSOR_PARTS:
-            key = key.replace(old, new)
+    for old, new in _OLD_PROCESSOR:
+        key = key.replace(old, new)
     prefix = next(prefix for prefix in _PREFIXES if key.startswith(prefix.text))
-    path, role = _split_role(key[len(prefix.text) :])
-    if not path or not role or (role in _FLAT_ROLES and prefix.layout not in ("kohya", "lycoris")):
+    path, role = _split_role(key if prefix.kept else key[len(prefix.text) :])
+    if not path or not role or (role == _IA3 and prefix.layout not in ("kohya", "lycoris")):
         return None
-    path = _KEPT_PREFIXES.get(prefix.text, "") + path
     return KeyParts(layer_name(prefix.component, path), role, layout or prefix.layout)
 
 
@@ -145,5 +144,4 @@ def _split_role(key: str) -> tuple[str, str]:
 def _role(tail: list[str]) -> str:
     if len(tail) > 1 and tail[0] in _ADAPTER_NAMED and tail[1] not in ("weight", "bias"):
         tail = [tail[0], *tail[2:]]
-    name = ".".join(tail)
-    return _ROLES.get(name) or _FLAT_ROLES.get(name, "")
+    return _ROLES.get(".".join(tail), "")

@@ -57,13 +57,8 @@ def places_of(component: str, names: Sequence[str]) -> Iterator[Place]:
 
 def _prefix(names: Sequence[str], anchor: str) -> str | None:
     """What stands before `anchor`; the shortest if it occurs several times, as in a CLIP with an image tower."""
-    found = (name[: -len(tail) or None] for name in names if (tail := _from(name, anchor)))
+    found = (name[:start] for name in names if (start := f".{name}".find(f".{anchor}")) >= 0)
     return min(found, key=len, default=None)
-
-
-def _from(name: str, anchor: str) -> str:
-    start = f".{name}".find(f".{anchor}")
-    return "" if start < 0 else name[start:]
 
 
 def _diffusers_unet(prefix: str, names: Sequence[str]) -> Iterator[Place]:
