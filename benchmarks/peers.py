@@ -92,15 +92,11 @@ class ComfyAlgorithm:
 
     def _patched(self, name: str, weight: Tensor, loras: LoraSet) -> Tensor:
         result = weight.detach().to(torch.float32, copy=True)
-        for lora, strength in loras:
-            up, down, scale = self._factors(lora, name)
+        present = ((self._networks[lora][name], strength) for lora, strength in loras if name in self._networks[lora])
+        for (up, down, scale), strength in present:
             delta = torch.mm(up.to(torch.float32).flatten(1), down.to(torch.float32).flatten(1))
             result += (strength * scale) * delta.reshape(weight.shape)
         return result
-
-    def _factors(self, lora: str, name: str) -> tuple[Tensor, Tensor, float]:
-        factors = self._networks[lora][name]
-        return factors.up, factors.down, factors.scale
 
     def _write(self, layer: nn.Module, weight: Tensor) -> None:
         if self._in_place:

@@ -212,7 +212,7 @@ def _float64_sums(bench: Bench, names: Sequence[str], networks: Networks) -> dic
     for name in names:
         total = bench.unet.get_submodule(name).weight.double().flatten(1)
         for lora, strength in bench.sets[0]:
-            up, down, scale = vars(networks[lora][name]).values()
+            up, down, scale = networks[lora][name]
             total.addmm_(up.flatten(1).double(), down.flatten(1).double(), alpha=scale * strength)
         sums[name] = total
     return sums

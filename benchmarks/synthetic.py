@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -53,8 +52,7 @@ _LIERLA_BLOCKS = ("Transformer2DModel",)
 _C3LIER_BLOCKS = (*_LIERLA_BLOCKS, "ResnetBlock2D", "Downsample2D", "Upsample2D")
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """One layer of a LoRA file as the peers hold it: ΔW = scale · up @ down.
 
     Attributes:
