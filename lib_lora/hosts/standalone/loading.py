@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lib_lora.core.pickles import convert_pickle
-from lib_lora.errors import ModelError
+from lib_lora.errors import ModelError, PickleRefusedError
 from lib_lora.hosts.standalone.checkpoints import load_single_file
 from lib_lora.hosts.standalone.libraries import diffusers_class
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lib_lora.hosts.standalone.checkpoints import Prediction
 
 DEMO = "demo"
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+CONVERT_SECONDS = 1800.0
 PATCHED_PARTS = ("unet", "text_encoder", "text_encoder_2")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -143,12 +143,18 @@ def _dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _load_file(path: Path, dtype: torch.dtype, **options: Any) -> LoadedModel:
-    if path.suffix.lower() not in PICKLE_SUFFIXES:
+    try:
         pipe, notes = load_single_file(path, dtype, **options)
-        return LoadedModel(pipe, path.stem, (path,), path, dict(pipe.scheduler.config), notes)
-    with tempfile.TemporaryDirectory() as scratch:
+    except PickleRefusedError:
+        return _load_pickle(path, dtype, **options)
+    return LoadedModel(pipe, path.stem, (path,), path, dict(pipe.scheduler.config), notes)
+
+
+def _load_pickle(path: Path, dtype: torch.dtype, **options: Any) -> LoadedModel:
+    """A .ckpt, through a .safetensors file that is deleted afterwards."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         converted = Path(scratch) / f"{path.stem}.safetensors"
-        convert_pickle(path, converted)
+        convert_pickle(path, converted, timeout_s=CONVERT_SECONDS)
         pipe, notes = load_single_file(converted, dtype, **options)
     advice = f"{path.name} is a pickle; `convert-pickle` once makes it load faster"
     return LoadedModel(pipe, path.stem, (), path, dict(pipe.scheduler.config), (*notes, advice))

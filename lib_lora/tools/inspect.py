@@ -1,0 +1,202 @@
+"""What a file is: kind, base model, algorithms, ranks, alphas, how much it changes each block, what is wrong in it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lib_lora.core.adapters import LowRankAdapter
+from lib_lora.core.blocks import block_of
+from lib_lora.core.files import data_sha256, read_lora_file
+from lib_lora.core.keymap import KeyMap
+from lib_lora.core.naming import split_key
+from lib_lora.core.network import network_from_file
+from lib_lora.errors import PrefuseError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from lib_lora.core.adapters import Factors, WeightAdapter
+    from lib_lora.core.files import LoraFile
+    from lib_lora.core.network import Network
+
+OUTSIDE = "other"
+DIFFUSERS_LAYERS_PER_BLOCK = 2
+_DOWN = re.compile(r"down_blocks_(\d+)_(?:resnets|attentions)_(\d+)_")
+_UP = re.compile(r"up_blocks_(\d+)_(?:resnets|attentions|upsamplers)_(\d+)_")
+_DOWNSAMPLER = re.compile(r"down_blocks_(\d+)_downsamplers_")
+_LDM = re.compile(r"(input_blocks|output_blocks|middle_block)_(\d+)_")
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One layer of a LoRA file.
+
+    Attributes:
+        name: As in `naming`: ``component:path``.
+        block: ``BASE``, ``IN00`` to ``IN11``, ``M00``, ``OUT00`` to ``OUT11``, or ``other``.
+        algorithm: Such as ``LoRA``.
+        rank: Of the update.
+        alpha: scale x rank; None where the algorithm has none.
+        norm: Frobenius norm of the weight change at strength 1; None where it depends on the model's weight.
+    """
+
+    name: str
+    block: str
+    algorithm: str
+    rank: int
+    alpha: float | None
+    norm: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that can be said of a file without a model.
+
+    Attributes:
+        path: The file.
+        size: Bytes.
+        sha256: Of the bytes after the header: what the WebUI calls a LoRA's hash, in full.
+        kind: ``LoRA``, ``checkpoint`` or ``unknown``.
+        base_model: The family.
+        tensors: How many.
+        dtypes: Number of tensors of each dtype.
+        layouts: Number of keys of each way of writing layer names.
+        layers: The layers of a LoRA that can be applied.
+        unused: Keys that are no LoRA tensors.
+        not_finite: Names of tensors with NaN or infinity.
+        notes: What was tolerated.
+        problem: Why the file can not be applied, or None.
+        metadata: The header's texts.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    kind: str
+    base_model: str
+    tensors: int
+    dtypes: Mapping[str, int]
+    layouts: Mapping[str, int]
+    layers: tuple[LayerFacts, ...]
+    unused: tuple[str, ...]
+    not_finite: tuple[str, ...]
+    notes: tuple[str, ...]
+    problem: str | None
+    metadata: Mapping[str, str]
+
+    def block_norms(self) -> dict[str, float]:
+        """Block → √Σ‖ΔW‖², in the order of the blocks' names; layers without a norm are left out."""
+        squares: defaultdict[str, float] = defaultdict(float)
+        for layer in self.layers:
+            if layer.norm is not None:
+                squares[layer.block] += layer.norm**2
+        return {block: math.sqrt(squares[block]) for block in sorted(squares)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"blocks": self.block_norms()}
+
+
+def inspect_file(path: Path) -> Inspection:
+    """Look at a file; a LoRA that could not be applied is described too, with the reason.
+
+    Raises:
+        FileError: If the file can not be read at all.
+    """
+    file = read_lora_file(path)
+    network, problem = _interpret(file)
+    checkpoint = KeyMap.from_checkpoint({name: tuple(tensor.shape) for name, tensor in file.tensors.items()})
+    is_checkpoint = len(checkpoint) > 0 and not (network and network.adapters)
+    base_model = checkpoint.base_model if is_checkpoint else network.base_model if network else None
+    parts = [] if is_checkpoint else [split_key(name) for name in file.tensors]
+    return Inspection(
+        path=str(path),
+        size=file.identity.size,
+        sha256=data_sha256(path),
+        kind="checkpoint" if is_checkpoint else "LoRA" if any(parts) else "unknown",
+        base_model=base_model.value if base_model else "",
+        tensors=len(file.tensors),
+        dtypes=Counter(str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values()),
+        layouts=Counter(part.layout for part in parts if part),
+        layers=layer_facts(network.adapters) if network and not is_checkpoint else (),
+        unused=network.unused if network and not is_checkpoint else (),
+        not_finite=tuple(not_finite(file.tensors)),
+        notes=network.notes if network else (),
+        problem=None if is_checkpoint else problem,
+        metadata=file.metadata,
+    )
+
+
+def _interpret(file: LoraFile) -> tuple[Network | None, str | None]:
+    try:
+        return network_from_file(file), None
+    except PrefuseError as error:
+        return None, str(error)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> Iterable[str]:
+    """Names of the floating tensors that hold NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch does not add up fp8
+        if not math.isfinite(values.sum(dtype=torch.float64).item()):
+            yield name
+
+
+def layer_facts(adapters: Mapping[str, WeightAdapter]) -> tuple[LayerFacts, ...]:
+    """Facts of each layer of a network."""
+    return tuple(_layer_facts(name, adapter) for name, adapter in adapters.items())
+
+
+def _layer_facts(name: str, adapter: WeightAdapter) -> LayerFacts:
+    factors = adapter.factors() if isinstance(adapter, LowRankAdapter) else None
+    alpha = factors.scale * adapter.rank if factors else None
+    norm = factors_norm(factors) if factors else None
+    return LayerFacts(name, block_of_layer(name), adapter.algorithm, adapter.rank, alpha, norm)
+
+
+def factors_norm(factors: Factors) -> float:
+    """‖ΔW‖ of a low-rank update without forming ΔW: ‖BA‖² = Σ (BᵀB ∘ AAᵀ), with B = up and A = down.
+
+    Args:
+        factors: up (out, rank), down (rank, in), any floating dtype; computed in float64.
+    """
+    up, down = factors.up.double(), factors.down.double()
+    square = ((up.T @ up) * (down @ down.T)).sum().item()
+    return abs(factors.scale) * math.sqrt(max(square, 0.0))
+
+
+def block_of_layer(name: str) -> str:
+    """Block of a layer that is known by its name in a file only; ``other`` outside of all blocks.
+
+    Args:
+        name: ``component:path`` with underscores, in diffusers' or LDM's spelling. Every SD family has two layers
+            in each block of diffusers, which are three blocks of LDM with the resampling.
+    """
+    component, _, path = name.partition(":")
+    return block_of(component, _ldm_place(path)) or OUTSIDE
+
+
+def _ldm_place(path: str) -> str:
+    """First two parts of the LDM path, such as ``input_blocks.4``, or ``""``."""
+    stride = DIFFUSERS_LAYERS_PER_BLOCK + 1
+    if found := _LDM.match(path):
+        return f"{found[1]}.{found[2]}"
+    if found := _DOWNSAMPLER.match(path):
+        return f"input_blocks.{stride * (int(found[1]) + 1)}"
+    if found := _DOWN.match(path):
+        return f"input_blocks.{stride * int(found[1]) + int(found[2]) + 1}"
+    if found := _UP.match(path):
+        layer = DIFFUSERS_LAYERS_PER_BLOCK if "upsamplers" in found[0] else int(found[2])
+        return f"output_blocks.{stride * int(found[1]) + layer}"
+    return "middle_block.0" if path.startswith("mid_block_") else "input_blocks.0" if path == "conv_in" else ""
