@@ -250,7 +250,8 @@ def _layout(tensors: Mapping[str, Tensor], path: Path) -> dict[str, TensorInfo]:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The elements in row-major order; a copy only if they do not lie so in the CPU's memory."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    flat = plain.reshape(-1).view(torch.uint8)
+    # not reshape(-1): that keeps the odd stride that a tensor of one element may have
+    flat = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
     return flat.numpy().data
 
 

@@ -418,7 +418,7 @@ def content(value: int) -> bytes:
 
 
 def keep_writing(path: Path, stop: threading.Event) -> None:
-    """In turn: overwrite in place in pieces, cut and write again, replace by another file."""
+    """In turn: replace by another file, cut and write again, and overwrite in place; the last two in pieces."""
     rng = random.Random(0)
     other = path.with_suffix(".new")
     for value in range(1, 1_000_000):
@@ -432,9 +432,10 @@ def keep_writing(path: Path, stop: threading.Event) -> None:
         with path.open("r+b") as file:
             if value % 3 == 1:
                 file.truncate(len(data) // 2)
-            for start in range(0, len(data), 20_000):
-                file.write(data[start : start + 20_000])
+            for start in range(0, len(data), 50_000):
+                file.write(data[start : start + 50_000])
                 file.flush()
+                stop.wait(0.002)
 
 
 def test_a_file_that_is_written_to_is_read_whole_or_not_at_all(tmp_path):
@@ -448,7 +449,7 @@ def test_a_file_that_is_written_to_is_read_whole_or_not_at_all(tmp_path):
         stop.set()
         writer.join()
     assert [values for values in outcomes if len(values) > 1] == []
-    assert len(set().union(*outcomes)) > 10, "the file is to change between the loads"
+    assert len(set().union(*outcomes)) > 3, "the file is to change between the loads"
 
 
 def read_values(path: Path) -> set[float]:

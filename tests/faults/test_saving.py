@@ -1,0 +1,362 @@
+"""Saving: the new file whole, or the old one untouched; never another file, never a rest."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lib_lora.core import replacing
+from lib_lora.core.files import check_writable, output_path, save_bytes, save_tensors
+from lib_lora.errors import OutputError, UnsafePathError
+
+ROOT = Path(__file__).parents[2]
+OLD, NEW = {"old": torch.arange(5000.0)}, {"new": torch.arange(20_000.0), "more": torch.ones(3, dtype=torch.float16)}
+KILLS = 100
+TWO_DAYS = 2 * 24 * 3600
+SLACK_KB = 12_000
+posix_only = pytest.mark.skipif(os.name == "nt", reason="Windows has no such files or limits")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the peak memory of a process is told by Linux only")
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    """An old file, alone in its folder."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    save_tensors(folder / "lora.safetensors", OLD)
+    return folder / "lora.safetensors"
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(item.relative_to(folder)): item.read_bytes() if item.is_file() else None for item in folder.rglob("*")}
+
+
+# The disk fails
+
+
+@contextmanager
+def file_size_limit(size: int):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@posix_only
+def test_a_limit_reached_at_any_size_leaves_the_old_file_alone(path):
+    before = snapshot(path.parent)
+    save_tensors(path.parent / "whole.safetensors", NEW)
+    whole = (path.parent / "whole.safetensors").stat().st_size
+    (path.parent / "whole.safetensors").unlink()
+    sizes = [0, 1, 7, 8, 9, 100, *random.Random(0).sample(range(101, whole - 1), 13), whole - 1]
+    for size in sizes:
+        with (
+            file_size_limit(size),
+            pytest.raises(OutputError, match=r"lora\.safetensors was not saved: File too large"),
+        ):
+            save_tensors(path, NEW, overwrite=True)
+        assert snapshot(path.parent) == before
+    assert len(sizes) == 20
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_an_error_of_the_disk_leaves_the_old_file_alone(path, monkeypatch, code):
+    before, write, calls = snapshot(path.parent), replacing.TempFile.write, []
+
+    def write_once(temp, data):
+        calls.append(data)
+        if len(calls) > 1:
+            raise OSError(code, os.strerror(code))
+        write(temp, data)
+
+    monkeypatch.setattr(replacing.TempFile, "write", write_once)
+    with pytest.raises(OutputError, match=os.strerror(code)):
+        save_tensors(path, NEW, overwrite=True)
+    assert snapshot(path.parent) == before
+
+
+def test_a_full_disk_is_told_before_writing(path, monkeypatch):
+    before = snapshot(path.parent)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OutputError, match=r"needs 0\.1 MB, the disk is full"):
+        save_tensors(path, NEW, overwrite=True)
+    assert snapshot(path.parent) == before
+
+
+def test_a_disk_that_gives_back_other_bytes_is_noticed(path, monkeypatch):
+    before, write = snapshot(path.parent), replacing.TempFile.write
+
+    def write_wrong(temp, data):
+        write(temp, bytes(len(data)) if len(data) == 80_000 else data)
+
+    monkeypatch.setattr(replacing.TempFile, "write", write_wrong)
+    with pytest.raises(OutputError, match="other bytes for tensor 'new'"):
+        save_tensors(path, NEW, overwrite=True)
+    assert snapshot(path.parent) == before
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, MemoryError])
+def test_an_interrupt_leaves_the_old_file_alone(path, monkeypatch, interrupt):
+    before = snapshot(path.parent)
+
+    def publish(temp, target):
+        raise interrupt
+
+    monkeypatch.setattr(replacing.TempFile, "publish", publish)
+    with pytest.raises(interrupt):
+        save_tensors(path, NEW, overwrite=True)
+    assert snapshot(path.parent) == before
+
+
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from lib_lora.core.files import save_tensors
+
+folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+path = folder / "lora.safetensors"
+tables = [{str(i): torch.full((25_000,), float(10 * version + i)) for i in range(8)} for version in range(2)]
+contents = []
+for table in tables:
+    start = time.perf_counter()
+    save_tensors(path, table, overwrite=True)
+    duration = time.perf_counter() - start
+    contents.append(path.read_bytes())
+rng, outcomes, current = random.Random(0), {"old": 0, "new": 0}, 1
+for _ in range(kills):
+    child = os.fork()
+    if child == 0:
+        save_tensors(path, tables[1 - current], overwrite=True)
+        os._exit(0)
+    time.sleep(rng.uniform(0, 2 * duration))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    found = contents.index(path.read_bytes())
+    outcomes["new" if found != current else "old"] += 1
+    current = found
+print(outcomes["old"], outcomes["new"], *sorted({name[:5] for name in os.listdir(folder)}))
+"""
+
+
+@posix_only
+def test_a_kill_at_any_time_leaves_the_old_or_the_new_file(tmp_path):
+    command = [sys.executable, "-c", KILLER, str(tmp_path), str(KILLS)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    old, new, *names = done.stdout.split()
+    assert int(old) + int(new) == KILLS
+    assert int(old) > 0, "some kills are to come before the end"
+    assert int(new) > 0, "some kills are to come after the end"
+    assert set(names) <= {".tmp-", "lora."}
+
+
+def test_rests_of_killed_processes_are_removed_after_a_day(path):
+    stale, young = (path.parent / f".tmp-{digit * 16}" for digit in "0a")
+    foreign = path.parent / ".tmp-my own notes"
+    for file in (stale, young, foreign):
+        file.touch()
+    for file in (stale, foreign):
+        os.utime(file, (time.time() - TWO_DAYS,) * 2)
+    save_tensors(path, NEW, overwrite=True)
+    assert [file.exists() for file in (stale, young, foreign)] == [False, True, True]
+
+
+# Targets that are not replaced
+
+
+def test_an_older_file_is_replaced_only_if_asked_for(path):
+    before = snapshot(path.parent)
+    for save in (lambda: save_tensors(path, NEW), lambda: save_bytes(path, b"new")):
+        with pytest.raises(OutputError, match="exists already"):
+            save()
+        assert snapshot(path.parent) == before
+    save_tensors(path, NEW, overwrite=True)
+    assert load_file(path).keys() == NEW.keys()
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_that_came_into_being_meanwhile_is_not_replaced(path, monkeypatch):
+    target, write = path.with_name("second.safetensors"), replacing.TempFile.write
+
+    def write_late(temp, data):
+        target.write_bytes(b"someone else's")
+        write(temp, data)
+
+    monkeypatch.setattr(replacing.TempFile, "write", write_late)
+    with pytest.raises(OutputError, match="exists already"):
+        save_tensors(target, NEW)
+    assert target.read_bytes() == b"someone else's"
+    assert len(list(path.parent.iterdir())) == 2
+
+
+@posix_only
+@pytest.mark.parametrize("kind", ["link to a file", "dangling link", "link to a folder", "folder", "pipe"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_target_that_is_no_file_is_refused(path, kind, overwrite):
+    outside = path.parent.parent / "outside"
+    outside.mkdir()
+    (outside / "file").write_bytes(b"precious")
+    target = path.with_name("target.safetensors")
+    make = {
+        "link to a file": lambda: target.symlink_to(outside / "file"),
+        "dangling link": lambda: target.symlink_to(outside / "nothing"),
+        "link to a folder": lambda: target.symlink_to(outside),
+        "folder": target.mkdir,
+        "pipe": lambda: os.mkfifo(target),
+    }
+    make[kind]()
+    before = snapshot(path.parent.parent)
+    with pytest.raises(OutputError, match="choose another name"):
+        save_tensors(target, NEW, overwrite=overwrite)
+    assert snapshot(path.parent.parent) == before
+
+
+@posix_only
+def test_replacing_one_name_of_a_file_leaves_its_other_name_alone(path):
+    outside = path.parent.parent / "outside"
+    outside.hardlink_to(path)
+    before = outside.read_bytes()
+    save_tensors(path, NEW, overwrite=True)
+    assert outside.read_bytes() == before
+    assert load_file(path).keys() == NEW.keys()
+
+
+# Names and folders
+
+HOSTILE = (
+    *("", ".", "..", "...", " ", " a", "a ", "a.", ".a", ".tmp-0", "~/../a", "a/b", "a\\b", "/a", "\\a", "a/", "./a"),
+    *("../a", "../../a", "..\\a", "..\\..\\a", "/etc/passwd", "/a/b", "//host/share/a", "\\\\host\\share\\a"),
+    *("C:a", "C:\\a", "c:/a", "a:b", "a::$DATA", "a\0b", "\0", "a\nb", "a\r", "a\tb", "a\x1bb", "a\x7f", "a\x85b"),
+    *("CON", "con", "NUL", "nul.txt", "PRN", "AUX", "aux.a.b", "COM1", "com9.x", "LPT1", "COM¹", "CONIN$", "conout$"),
+    *("NUL .txt", "a<b", "a>b", 'a"b', "a|b", "a?b", "a*b", "a\u202eb", "a\u2066b", "a\u2028b", "a\ud800b"),
+    *("n" * 300, "墨" * 100, "../" * 100 + "a", "a/../../b", "subfolder/../../../a"),
+)
+
+
+def test_hostile_names_lead_nowhere(tmp_path):
+    folder = tmp_path / "parent" / "out"
+    folder.mkdir(parents=True)
+    assert len(HOSTILE) >= 60
+    for name in HOSTILE:
+        with pytest.raises(UnsafePathError) as caught:
+            save_bytes(output_path(folder, name), b"data", overwrite=True)
+        assert str(caught.value).isprintable()
+    assert snapshot(tmp_path) == {"parent": None, "parent/out": None}
+
+
+@posix_only
+def test_a_name_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "a.safetensors").symlink_to("/etc/passwd")
+    with pytest.raises(UnsafePathError, match="link"):
+        output_path(tmp_path, "a")
+
+
+def test_a_folder_that_can_not_be_written_to_is_told_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir(mode=0o555)
+    folders = [tmp_path / "missing", tmp_path / "file", tmp_path / "nul\0", *(Path(name) for name in ("/proc", "/sys"))]
+    if getattr(os, "geteuid", lambda: 0)() != 0:  # the superuser writes everywhere
+        folders.append(tmp_path / "locked")
+    for folder in folders:
+        with pytest.raises(OutputError, match=f"the folder {folder.name.rstrip(chr(0))}.? can not be written to"):
+            check_writable(folder)
+        with pytest.raises(OutputError):
+            save_tensors(folder / "a.safetensors", NEW)
+    check_writable(tmp_path)
+    assert {item.name for item in tmp_path.iterdir()} == {"file", "locked"}
+
+
+# Tensors of every kind
+
+
+def awkward_tensors() -> dict[str, torch.Tensor]:
+    base = torch.arange(24.0).reshape(4, 6)
+    shared = torch.nn.Parameter(torch.ones(3, 3))
+    with torch.inference_mode():
+        inference = torch.ones(2)
+    return {
+        "transposed": base.t(),
+        "sliced": base[1:3, ::2],
+        "overlapping": base[:2],
+        "expanded": torch.ones(1, 3).expand(5, 3),
+        "parameter": shared,
+        "tied parameter": shared,
+        "number": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "channels last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "one of a column": torch.arange(6.0).reshape(3, 2)[:1, 1],
+        "conjugate": torch.tensor([1 + 2j]).conj(),
+        "negated": torch.tensor([1 + 2j]).conj().imag,
+        "inference": inference,
+    }
+
+
+def test_shared_and_scattered_tensors_are_saved_whole(tmp_path):
+    tensors = awkward_tensors()
+    save_tensors(tmp_path / "a.safetensors", tensors)
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor.detach()), name
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(2, device="meta"), torch.eye(2).to_sparse(), torch.ones(2, dtype=torch.complex128)], ids=str
+)
+def test_a_tensor_that_can_not_be_stored_is_refused_by_name(path, tensor):
+    before = snapshot(path.parent)
+    with pytest.raises(OutputError, match="'odd one' can not be stored"):
+        save_tensors(path, {**NEW, "odd one": tensor}, overwrite=True)
+    assert snapshot(path.parent) == before
+
+
+@pytest.mark.parametrize("metadata", [{"a": 1}, {"a": None}, {"a": "\ud800"}, {1: "a"}])
+def test_metadata_that_is_no_text_is_refused(path, metadata):
+    before = snapshot(path.parent)
+    with pytest.raises(OutputError, match="was not saved"):
+        save_tensors(path, NEW, metadata, overwrite=True)
+    assert snapshot(path.parent) == before
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "\ud800"])
+def test_a_tensor_name_that_no_file_can_hold_is_refused(path, name):
+    before = snapshot(path.parent)
+    with pytest.raises(OutputError, match="was not saved"):
+        save_tensors(path, {name: torch.ones(1)}, overwrite=True)
+    assert snapshot(path.parent) == before
+
+
+@linux_only
+def test_saving_copies_one_tensor_at_a_time(tmp_path):
+    tensors = {str(index): torch.ones(1000, 1000).t() for index in range(12)}
+    save_tensors(tmp_path / "warm.safetensors", {"0": torch.ones(10, 10).t()})
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is used now
+    before = memory_kb("VmHWM")
+    save_tensors(tmp_path / "a.safetensors", tensors)
+    assert memory_kb("VmHWM") - before < SLACK_KB, "twelve tensors have 48 MB"
+
+
+def memory_kb(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
+
+
+def test_small_files_are_saved_byte_for_byte(tmp_path):
+    save_bytes(tmp_path / "a.json", b'{"a": 1}')
+    save_bytes(tmp_path / "empty", b"")
+    assert snapshot(tmp_path) == {"a.json": b'{"a": 1}', "empty": b""}
