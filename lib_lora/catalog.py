@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from lib_lora.core.folders import LoraPlace
 
-MAX_ALIAS_LETTERS = 255
+MAX_NAME_LETTERS = 255
+MAX_PATH_LETTERS = 1000
 SHORT_HASH_LETTERS = 12
 MOST_SHOWN = 3
 """Files or names in one sentence."""
@@ -178,8 +179,10 @@ class LoraCatalog:
             return f"{shorten(name)!r} could be {len(rivals)} LoRAs; {_choices(rivals)}"
         if not self._entries:
             folders = ", ".join(str(folder) for folder in self.folders)
-            return f"no LoRA is named {shorten(name)!r}, for there is none at all in {shorten(folders)}"
-        close = ", ".join(map(shorten, self._names.close_names(name, MOST_SHOWN)))
+            return (
+                f"no LoRA is named {shorten(name)!r}, for there is none at all in {shorten(folders, MAX_PATH_LETTERS)}"
+            )
+        close = ", ".join(shorten(one, MAX_NAME_LETTERS) for one in self._names.close_names(name, MOST_SHOWN))
         advice = f"close names are: {close}" if close else "check the name, or put the file there"
         return f"no LoRA of the {len(self._entries)} in the folders is named {shorten(name)!r}; {advice}"
 
@@ -231,7 +234,9 @@ def _notes(
 def _choices(entries: Sequence[CatalogEntry]) -> str:
     """What to write for each of `entries`."""
     choices = [
-        f"write {shorten(entry.tag_name)!r} for {_shown(entry)}" if entry.tag_name else f"rename {_shown(entry)}"
+        f"write {shorten(entry.tag_name, MAX_NAME_LETTERS)!r} for {_shown(entry)}"
+        if entry.tag_name
+        else f"rename {_shown(entry)}"
         for entry in entries[:MOST_SHOWN]
     ]
     more = len(entries) - MOST_SHOWN
@@ -258,6 +263,6 @@ def _read_facts(path: Path) -> FileFacts:
     metadata = read_header(path).metadata
     alias, data_hash = metadata.get("ss_output_name", ""), metadata.get("sshs_model_hash", "")
     # Trainers write "None" for no name, and the WebUI does not resolve it.
-    usable = len(alias) <= MAX_ALIAS_LETTERS and alias.lower() != "none"
+    usable = len(alias) <= MAX_NAME_LETTERS and alias.lower() != "none"
     plausible = _SHA256.fullmatch(data_hash) and data_hash != _EMPTY_HASH
     return FileFacts(alias if usable else "", data_hash if plausible else "")

@@ -90,9 +90,10 @@ class FileIndex:
         self.notes.append(f"the index {shown(path)} was damaged ({error}) and is started afresh")
 
     def _note(self, path: Path, error: sqlite3.Error) -> None:
-        note = f"the index {shown(path)} can not be used now ({error}), the next start will read all LoRA files again"
-        if note not in self.notes:
-            self.notes.append(note)
+        if not self.notes:
+            self.notes.append(
+                f"the index {shown(path)} can not be used now ({error}), the next start will read all LoRA files again"
+            )
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -128,9 +128,9 @@ def writable_name(name: str) -> str:
     return spelling.replace("=", "_") if spelling.count("=") == 1 else spelling
 
 
-def shorten(text: str) -> str:
-    """A user's text as a sentence can hold it: on one line, printable, cut after `SHOWN_LETTERS`."""
-    shown = text if len(text) <= SHOWN_LETTERS else f"{text[: SHOWN_LETTERS - 1]}…"
+def shorten(text: str, letters: int = SHOWN_LETTERS) -> str:
+    """A user's text as a sentence can hold it: on one line, printable, cut after some letters."""
+    shown = text if len(text) <= letters else f"{text[: letters - 1]}…"
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in shown)
 
 
