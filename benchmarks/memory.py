@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SET_SIZE = 5
 STORES = ("device", "checkpoint")
 STATUS = Path("/proc/self/status")
-CHECKPOINT = "unet.safetensors"
+LORAS, CHECKPOINT = "loras", "model/unet/diffusion_pytorch_model.safetensors"
 WORKSPACE = 0.01
 """Part of the touched weights that can not be told from nothing: scratch memory, and the allocator's own."""
 
@@ -75,21 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         with lora_folder() as folder:
             loras = _write_files(options, dtype, folder)
             rows: list[tuple[str, ...]] = []
+            claims: list[Claim] = []
             for kind in synthetic.KINDS:
                 for store in STORES:
                     usage = _in_own_process(options, dtype, folder, kind, store, loras[kind])
                     rows.append((kind, store, *_cells(usage)))
-                    report.claims.extend(_claims(kind, store, usage))
-        report.add(_table(options, rows))
+                    claims += _claims(kind, store, usage)
+        report.add(_table(options, rows), claims)
         report.save()
     return 0
 
 
 def _write_files(options: Options, dtype: str, folder: Path) -> dict[str, synthetic.LoraSet]:
     unet = synthetic.make_unet(options.model, DTYPES[dtype], options.device)
+    for place in (folder / LORAS, (folder / CHECKPOINT).parent):
+        place.mkdir(parents=True)
     save_tensors(folder / CHECKPOINT, {name: tensor.cpu() for name, tensor in unet.state_dict().items()})
     ranks = (synthetic.RANK,) * SET_SIZE
-    return {kind: synthetic.write_loras(folder, unet, kind, ranks) for kind in synthetic.KINDS}
+    return {kind: synthetic.write_loras(folder / LORAS, unet, kind, ranks) for kind in synthetic.KINDS}
 
 
 def _in_own_process(
@@ -106,18 +109,18 @@ def _in_own_process(
 
 def run_case(device: str, dtype: str, model: str, folder: str, kind: str, store: str, loras: str) -> None:
     """The child process: fuse, unload, print a `Usage` in JSON."""
-    place, files = torch.device(device), Path(folder)
+    place, loras_at, checkpoint = torch.device(device), Path(folder, LORAS), Path(folder, CHECKPOINT)
     unet = synthetic.make_unet(model, DTYPES[dtype], place)
     weights = synthetic.target_weights(unet, kind)
     torch.addmm(weights[0].flatten(1), weights[0].flatten(1)[:, :8], weights[0].flatten(1)[:8])  # libraries start up
     before = _held(place)
     _forget_peak(place)
-    ours = Ours(unet, files, store=store, checkpoint=files / CHECKPOINT if store == "checkpoint" else None)
+    ours = Ours(unet, loras_at, store=store, checkpoint=checkpoint if store == "checkpoint" else None)
     wanted = tuple((name, strength) for name, strength in json.loads(loras))
     ours.switch(wanted)
     fused, peak, bytes_in_store = _held(place), _peak(place), ours.session.report.store_bytes
     ours.unload()
-    sizes = 0 if place.type == "cuda" else sum((files / f"{name}.safetensors").stat().st_size for name, _ in wanted)
+    sizes = 0 if place.type == "cuda" else sum((loras_at / f"{name}.safetensors").stat().st_size for name, _ in wanted)
     touched = sum(weight.nbytes for weight in weights)
     print(json.dumps(asdict(Usage(before, fused, peak, _held(place), bytes_in_store, sizes, touched))))
 
