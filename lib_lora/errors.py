@@ -80,6 +80,10 @@ class UnknownLoraError(PrefuseError):
     """No LoRA of that name in the folders."""
 
 
+class TagError(PrefuseError):
+    """A strength or another argument of a LoRA is no usable number."""
+
+
 class ApplyError(PrefuseError):
     """Writing the weights failed; the base weights are back."""
 

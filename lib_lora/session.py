@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,25 +14,25 @@ from lib_lora.core.base_store import choose_store
 from lib_lora.core.checkpoint import layer_tensors
 from lib_lora.core.hooks import HookedLayers, is_hookable
 from lib_lora.core.keymap import KeyMap
-from lib_lora.core.files import FileIdentity
-from lib_lora.core.network import Network, load_network
 from lib_lora.core.patcher import ModelPatcher
-from lib_lora.core.plan import FusePlan, Match, Scale, make_plan, match_network
-from lib_lora.errors import ForeignWriteError, ModelError, NonFiniteError, PrefuseError
-from lib_lora.prompt.tags import LoraRequest, ParsedPrompt, parse_numbers, parse_prompt
-from lib_lora.report import AppliedLora, RefusedLora, SessionReport
+from lib_lora.core.plan import FusePlan, Scale, make_plan
+from lib_lora.errors import ForeignWriteError, ModelError, NonFiniteError, TagError, UnknownLoraError
+from lib_lora.prompt.tags import ParsedPrompt, parse_numbers, parse_prompt
+from lib_lora.report import RefusedLora, SessionReport
+from lib_lora.resolve import Resolver
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     from torch import nn
 
-    from lib_lora.catalog import CatalogEntry
     from lib_lora.core.base_store import StoreKind
     from lib_lora.core.layers import LayerRef
     from lib_lora.core.models import BaseModel
     from lib_lora.core.patcher import ApplyReport
     from lib_lora.core.plan import Compat
+    from lib_lora.report import AppliedLora
+    from lib_lora.resolve import ResolvedLora
 
     Request = str | Sequence[tuple[str, float] | tuple[str, float, float]]
 
@@ -45,17 +44,6 @@ PIPELINE_COMPONENTS = (
     ("te1", "text_encoder"),
     ("te2", "text_encoder_2"),
 )
-NETWORK_CACHE_BYTES = 1 << 30
-"""Networks that are not applied stay in memory up to this size."""
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A request that was found, read and laid over the model."""
-
-    request: LoraRequest
-    entry: CatalogEntry
-    match: Match
 
 
 class LoraSession:
@@ -107,8 +95,8 @@ class LoraSession:
         self._mode: Mode = mode
         self._compat: Compat = compat
         self._on_weights_changed = on_weights_changed
-        self._networks: OrderedDict[FileIdentity, Network] = OrderedDict()
-        self._matches: dict[str, Match] = {}
+        self._resolver = Resolver(catalog, self.keymap)
+        self._loras: list[ResolvedLora] = []
         self._lock = threading.RLock()
         self._report = SessionReport(mode=mode)
 
@@ -175,7 +163,7 @@ class LoraSession:
             self._compat = compat
 
     @contextmanager
-    def lease(self, request: Request | None = None) -> Iterator[SessionReport]:
+    def lease(self, request: Request | None = None) -> Generator[SessionReport]:
         """Hold the model: no other thread changes its LoRAs until the block ends.
 
         Args:
@@ -195,23 +183,53 @@ class LoraSession:
                 weights (ForeignWriteError), nothing was changed.
         """
         with self._lock:
-            start = time.perf_counter()
-            parsed = parse_prompt(request) if isinstance(request, str) else parse_numbers(request)
-            refused = [RefusedLora(problem.raw, problem.message) for problem in parsed.problems]
-            wanted = self._find(parsed.requests, refused)
+            return self._set(parse_prompt(request) if isinstance(request, str) else parse_numbers(request))
+
+    @contextmanager
+    def tuning(self, name: str) -> Generator[Callable[[float], None]]:
+        """Change the strength of one active LoRA again and again, at the cost of its own rank: for a slider.
+
+        Inside the block the weights are a preview: the other LoRAs' sum is rounded before this one is added. When the
+        block ends the last strength is set as `set` would.
+
+        Args:
+            name: A LoRA of the last `set`, as its request wrote it.
+
+        Yields:
+            A function that takes the new strength.
+
+        Raises:
+            UnknownLoraError: If no such LoRA is active.
+            TagError: By the function, if a strength is not finite or beyond the limits of a tag.
+        """
+        with self._lock:
+            text, requests = self._report.text, [lora.request for lora in self._loras]
+            moving = next((lora for lora in self._loras if lora.request.name == name), None)
+            if moving is None:
+                raise UnknownLoraError(f"{name!r} is not active; set it first")
+            layers = [layer for layer, _ in moving.match.layers]
+            if self._mode == "prefuse":
+                rest = [lora for lora in self._loras if lora.request.name != name]
+                others = zip((lora.match for lora in rest), self._scales(rest), strict=True)
+                self._patcher.hold(make_plan(others, self._compat), layers)
+
+            def turn(strength: float) -> None:
+                if problems := parse_numbers([(name, strength)]).problems:
+                    raise TagError(problems[0].message)
+                requests[:] = [
+                    replace(request, te=strength, unet=strength) if request.name == name else request
+                    for request in requests
+                ]
+                if self._mode == "hook":
+                    self._set(ParsedPrompt(text, tuple(requests)))
+                else:
+                    self._patcher.tune(make_plan([(moving.match, Scale(strength, strength))]))
+                    self._tell(layers)
+
             try:
-                plan, done = self._apply(wanted, refused)
-            except ForeignWriteError:
-                raise  # nothing was written: what was active still is
-            except BaseException:
-                self._back_to_base()
-                raise
-            report = _describe(parsed, plan, wanted, refused, done, self._mode)
-            store = self._patcher.store
-            milliseconds = (time.perf_counter() - start) * 1e3
-            self._report = replace(report, milliseconds=milliseconds, store=store.label, store_bytes=store.nbytes)
-            self._trim_networks(wanted)
-            return self._report
+                yield turn
+            finally:
+                self._set(ParsedPrompt(text, tuple(requests)))
 
     def clear(self) -> SessionReport:
         """Base weights back, bit for bit."""
@@ -222,57 +240,63 @@ class LoraSession:
         with self._lock:
             report = self.clear()
             self._patcher.release()
-            self._networks.clear()
-            self._matches.clear()
+            self._resolver.clear()
             return report
 
-    def _find(self, requests: Sequence[LoraRequest], refused: list[RefusedLora]) -> list[_Wanted]:
-        wanted: list[_Wanted] = []
-        for request in requests:
-            try:
-                entry = self.catalog.find(request.name)
-                wanted.append(_Wanted(request, entry, self._match(entry, request.dyn)))
-            except PrefuseError as error:
-                refused.append(RefusedLora(request.name, str(error)))
-        return wanted
+    def _set(self, parsed: ParsedPrompt) -> SessionReport:
+        start = time.perf_counter()
+        loras, unresolved = self._resolver.resolve(parsed.requests)
+        refused = [RefusedLora(problem.raw, problem.message) for problem in parsed.problems] + unresolved
+        try:
+            plan, done = self._apply(loras, refused)
+        except ForeignWriteError:
+            raise  # nothing was written: what was active still is
+        except BaseException:
+            self._back_to_base()
+            raise
+        self._resolver.trim(loras)
+        self._loras = loras
+        written = sum(len(report.written) for report in done)
+        notes = [note for lora in loras for note in lora.notes()] + [note for report in done for note in report.notes]
+        self._report = SessionReport(
+            text=parsed.text,
+            applied=tuple(lora.applied() for lora in loras),
+            refused=tuple(refused),
+            notes=tuple(dict.fromkeys(notes)),
+            milliseconds=(time.perf_counter() - start) * 1e3,
+            layers_written=written,
+            layers_restored=sum(len(report.restored) for report in done),
+            layers_kept=len(plan.patches) - written,
+            store=self._patcher.store.label,
+            store_bytes=self._patcher.store.nbytes,
+            mode=self._mode,
+        )
+        return self._report
 
-    def _match(self, entry: CatalogEntry, dyn: int | None) -> Match:
-        """The entry's network, read again if the file changed, laid over the model."""
-        network = self._networks.get(FileIdentity.of(entry.path))
-        if network is None:
-            network = load_network(entry.path)
-            self._networks[network.identity] = network
-        self._networks.move_to_end(network.identity)
-        if dyn is not None:
-            network = network.with_rank(dyn)
-        if network.uid not in self._matches:
-            self._matches[network.uid] = match_network(self.keymap, network)
-        return self._matches[network.uid]
-
-    def _apply(self, wanted: list[_Wanted], refused: list[RefusedLora]) -> tuple[FusePlan, list[ApplyReport]]:
-        """Plan and write. A LoRA that would overflow a weight leaves `wanted`, and the rest is planned again."""
+    def _apply(self, loras: list[ResolvedLora], refused: list[RefusedLora]) -> tuple[FusePlan, list[ApplyReport]]:
+        """Plan and write. A LoRA that would overflow a weight leaves `loras`, and the rest is planned again."""
         while True:
-            plan = make_plan(((one.match, scale) for one, scale in self._scales(wanted)), self._compat)
+            plan = make_plan(zip((lora.match for lora in loras), self._scales(loras), strict=True), self._compat)
             fused, hooked = self._divide(plan)
             try:
                 done = [self._patcher.apply(fused), self._hooks.apply(hooked)]
             except NonFiniteError as error:
-                culprits = [one for one in wanted if one.match.network.uid == error.network]
+                culprits = [lora for lora in loras if lora.network.uid == error.network]
                 if not culprits:
                     raise
-                refused.extend(RefusedLora(one.request.name, str(error)) for one in culprits)
-                wanted[:] = [one for one in wanted if one not in culprits]
+                refused.extend(RefusedLora(lora.request.name, str(error)) for lora in culprits)
+                loras[:] = [lora for lora in loras if lora not in culprits]
             else:
                 self._tell([layer for report in done for layer in (*report.written, *report.restored)])
                 return plan, done
 
-    def _scales(self, wanted: Sequence[_Wanted]) -> list[tuple[_Wanted, Scale]]:
+    def _scales(self, loras: Sequence[ResolvedLora]) -> list[Scale]:
         """The strengths of each LoRA. The WebUI gives a LoRA that is named twice its last strengths both times."""
-        last = {one.match.network.uid: one for one in wanted}
-        source = [last[one.match.network.uid] if self._compat == "a1111" else one for one in wanted]
-        return [
-            (one, Scale(of.request.te, of.request.unet)) for one, of in zip(wanted, source, strict=True)
-        ]
+        requests = [lora.request for lora in loras]
+        if self._compat == "a1111":
+            last = {lora.network.uid: lora.request for lora in loras}
+            requests = [last[lora.network.uid] for lora in loras]
+        return [Scale(request.te, request.unet) for request in requests]
 
     def _divide(self, plan: FusePlan) -> tuple[FusePlan, FusePlan]:
         """What is fused, and what is hooked."""
@@ -283,6 +307,7 @@ class LoraSession:
         return FusePlan(fused, plan.compat), FusePlan(hooked, plan.compat)
 
     def _back_to_base(self) -> None:
+        self._loras = []
         self._report = SessionReport(mode=self._mode)
         self._hooks.clear()
         self._patcher.restore()
@@ -291,59 +316,3 @@ class LoraSession:
     def _tell(self, layers: Sequence[LayerRef]) -> None:
         if layers and self._on_weights_changed is not None:
             self._on_weights_changed(layers)
-
-    def _trim_networks(self, wanted: Sequence[_Wanted]) -> None:
-        """Forget the networks that were not used for longest, until the rest fits the budget."""
-        used = {one.match.network.identity for one in wanted}
-        idle = [network for identity, network in self._networks.items() if identity not in used]
-        excess = sum(network.nbytes for network in idle) - NETWORK_CACHE_BYTES
-        for network in idle:
-            if excess <= 0:
-                break
-            excess -= network.nbytes
-            del self._networks[network.identity]
-        self._matches = {
-            uid: match for uid, match in self._matches.items() if match.network.identity in self._networks
-        }
-
-
-def _describe(
-    parsed: ParsedPrompt,
-    plan: FusePlan,
-    wanted: Sequence[_Wanted],
-    refused: Sequence[RefusedLora],
-    done: Sequence[ApplyReport],
-    mode: Mode,
-) -> SessionReport:
-    written = sum(len(report.written) for report in done)
-    notes = [note for one in wanted for note in (*one.entry.notes, *one.match.network.notes, one.match.note) if note]
-    notes += [
-        f"{one.request.name}: {', '.join(one.request.ignored)} is not understood here and was ignored"
-        for one in wanted
-        if one.request.ignored
-    ]
-    notes += [note for report in done for note in report.notes]
-    return SessionReport(
-        text=parsed.text,
-        applied=tuple(_applied(one) for one in wanted),
-        refused=tuple(refused),
-        notes=tuple(dict.fromkeys(notes)),
-        layers_written=written,
-        layers_restored=sum(len(report.restored) for report in done),
-        layers_kept=len(plan.patches) - written,
-        mode=mode,
-    )
-
-
-def _applied(one: _Wanted) -> AppliedLora:
-    network, request = one.match.network, one.request
-    return AppliedLora(
-        name=request.name,
-        path=one.entry.path,
-        te=request.te,
-        unet=request.unet,
-        layers=len(one.match.layers),
-        unmatched=len(one.match.unmatched),
-        rank=max(network.ranks, default=0),
-        algorithm=network.algorithm,
-    )

@@ -20,6 +20,7 @@ ROOMS = (
     ("errors",),
     ("core", "prompt"),
     ("catalog", "report"),
+    ("resolve",),
     ("session",),
     ("compile", "tools", "train"),
     ("hosts",),
@@ -76,7 +77,9 @@ def length(function: ast.FunctionDef) -> int:
     """Lines of a function without its docstring."""
     lines = function.end_lineno - function.lineno + 1
     first = function.body[0]
-    has_doc = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    has_doc = (
+        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    )
     return lines - (first.end_lineno - first.lineno + 1 if has_doc else 0)
 
 

@@ -1,0 +1,1 @@
+"""LoRA on weights: files, layer names, adapters, plans, and the one writer. Knows torch and safetensors only."""

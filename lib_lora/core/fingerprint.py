@@ -33,8 +33,9 @@ def samples(weights: Sequence[Tensor]) -> list[Tensor]:
     for (_, dtype), indices in groups.items():
         pieces = [_sample(weights[index]) for index in indices]
         joined = torch.cat(pieces).cpu().view(dtype)
-        for index, part in zip(indices, joined.split([piece.numel() for piece in pieces]), strict=True):
-            result[index] = part
+        start = 0
+        for index, piece in zip(indices, pieces, strict=True):
+            result[index] = joined[start : (start := start + piece.numel())]
     return result
 
 

@@ -101,7 +101,8 @@ class ConvPath:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Args: args: x (batch, in, h, w) first; output: (batch, out, h', w')."""
         conv = cast("nn.Conv2d", module)
-        hidden = conv._conv_forward(args[0], self.down, None)  # noqa: SLF001  (the one that knows padding modes)
+        # torch's own, protected: the one place that knows every padding mode
+        hidden = conv._conv_forward(args[0], self.down, None)  # pyright: ignore[reportPrivateUsage]
         if self.up is None:
             return output + hidden
         if conv.groups > 1 or torch.is_grad_enabled() or not output.is_contiguous():

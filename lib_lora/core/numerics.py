@@ -122,7 +122,7 @@ def has_native_gemm(dtype: torch.dtype, device_type: str) -> bool:
         return True
     if device_type != "cpu":
         return dtype in (torch.float16, torch.bfloat16)
-    return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
+    return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _fuse_by_rows(base: Tensor, stacked: Stack, out: Tensor) -> None:
@@ -136,7 +136,7 @@ def _fuse_by_rows(base: Tensor, stacked: Stack, out: Tensor) -> None:
 
 
 def _sum(base: Tensor, low_rank: Sequence[Term], dense: Sequence[Term], workspace: Workspace) -> Tensor:
-    """base + Σ factor · ΔW in float32, a new tensor."""
+    """Sum base + Σ factor · ΔW in float32, a new tensor."""
     base32 = base.to(torch.float32)
     total = base32.clone(memory_format=torch.contiguous_format)
     for term in dense:

@@ -83,6 +83,7 @@ class ModelPatcher:
         known = (getattr(module, STATE_ATTRIBUTE, None) for module in self._components.values())
         self._state = next((state for state in known if isinstance(state, PatchState)), PatchState(store))
         self._workspace = numerics.Workspace()
+        self._constants: dict[str, Tensor] = {}
 
     @property
     def applied_key(self) -> str:
@@ -110,14 +111,13 @@ class ModelPatcher:
         Any other exception, a KeyboardInterrupt too, leaves with the base weights back.
         """
         start = time.perf_counter()
+        self._constants = {}
         for module in self._components.values():
             object.__setattr__(module, STATE_ATTRIBUTE, self._state)
         with torch.no_grad():
             notes = self._reconcile()
             applied = self._state.applied
-            writes = [
-                patch for key, patch in plan.patches.items() if applied.get(key) != (plan.compat, patch.key)
-            ]
+            writes = [patch for key, patch in plan.patches.items() if applied.get(key) != (plan.compat, patch.key)]
             leaving = [self._state.layers[key] for key in applied if key not in plan.patches]
             try:
                 self._capture(patch.layer for patch in writes)
@@ -138,6 +138,39 @@ class ModelPatcher:
         milliseconds = (time.perf_counter() - start) * 1e3
         return ApplyReport(tuple(patch.layer for patch in writes), tuple(leaving), milliseconds, notes)
 
+    def hold(self, rest: FusePlan, layers: Sequence[LayerRef]) -> ApplyReport:
+        """Prepare `tune`: fuse what stays the same, and keep a copy of it where more will be added.
+
+        Args:
+            rest: Everything but the part that moves.
+            layers: Where the moving part acts; their weights are copied once more until the next `apply`.
+
+        Raises:
+            As `apply`.
+        """
+        report = self.apply(rest)
+        with torch.no_grad():
+            self._capture(layers)
+            self._constants = {layer.key: layer.live().clone() for layer in layers}
+        return report
+
+    def tune(self, moving: FusePlan) -> None:
+        """Weights = held part, as it was rounded, + the moving part; the cost is the moving part's rank alone.
+
+        For a slider that is being dragged: two roundings, so the next `apply` writes these layers anew.
+        """
+        state = self._state
+        state.generation += 1
+        state.plan_key = ""
+        with torch.no_grad():
+            for key, constant in self._constants.items():
+                state.applied[key] = DIRTY
+                live = state.layers[key].live()
+                if patch := moving.patches.get(key):
+                    numerics.fuse_layer(constant, patch.terms, live, self._workspace)
+                else:
+                    live.copy_(constant)
+
     def restore(self) -> ApplyReport:
         """Base weights back, bit for bit.
 
@@ -146,6 +179,7 @@ class ModelPatcher:
         """
         start = time.perf_counter()
         with torch.no_grad():
+            self._constants = {}
             notes = self._reconcile()
             leaving = [self._state.layers[key] for key in self._state.applied]
             self._restore(leaving)

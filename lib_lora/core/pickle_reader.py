@@ -315,12 +315,16 @@ class _LegacyFile:
         return root
 
     def span(self, storage: _Storage) -> Span:
+        if storage.key not in self._spans:
+            raise PickleRefusedError(f"it lacks storage {storage.key[:40]!r}")
         return self._spans[storage.key]
 
     def _locate(self, keys: list[str], storages: Mapping[str, _Storage]) -> None:
         """Note where each storage lies: they follow each other, each after its number of elements."""
         begin = self._mapped.tell()
         for key in keys:
+            if key not in storages:
+                raise PickleRefusedError(f"it has a storage {str(key)[:40]!r} that no tensor uses")
             numel = int.from_bytes(self._mapped[begin : begin + 8], "little")
             self._spans[key] = span = Span(begin + 8, begin + 8 + numel * storages[key].dtype.itemsize)
             begin = span.end

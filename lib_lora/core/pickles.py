@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 60
 DEFAULT_MEMORY_BYTES = 4_000_000_000
+STARTING_S = 60  # what importing torch may take on a busy computer, before the file is opened
 # Exit codes of the process. Python's own, 1 and 2, mean that it broke.
 _CONVERTED = 0
 _REFUSED = 10
@@ -46,7 +48,7 @@ def convert_pickle(
         source: The pickle.
         target: The .safetensors file to be.
         overwrite: Whether an older file at `target` is replaced.
-        timeout_s: Seconds after which the conversion is given up.
+        timeout_s: Seconds of processor time after which the conversion is given up; of any time, `STARTING_S` later.
         memory_bytes: Memory that it may take beyond the file's own size, where the system can limit it.
 
     Raises:
@@ -95,7 +97,7 @@ def _failure(source: Path, done: subprocess.CompletedProcess[str]) -> FileError:
 
 
 def _limit_process(memory_bytes: int, seconds: int) -> None:
-    """Bound this process's memory beyond what it has now, its processor time, and what a crash leaves."""
+    """Bound this process's memory beyond what it has now, its further processor time, and what a crash leaves."""
     if sys.platform == "win32":
         return
     import resource
@@ -104,7 +106,8 @@ def _limit_process(memory_bytes: int, seconds: int) -> None:
     used = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 0
     if used:  # elsewhere than on Linux the size is not known, and the limit not kept
         resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    spent = int(time.process_time())
+    resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds, spent + seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

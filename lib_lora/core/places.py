@@ -78,11 +78,18 @@ def _ldm_unet(prefix: str, names: Sequence[str]) -> Iterator[Place]:
 
 
 def _clip(prefix: str, names: Sequence[str]) -> Iterator[Place]:
-    """CLIPTextModel of transformers, whose names start with ``text_model.`` in version 4 and without it in 5."""
-    prefix = prefix.removesuffix("text_model.")
+    """CLIPTextModel of transformers 4, and CLIPTextModelWithProjection."""
     for name in names:
-        path = name[len(prefix) :].removeprefix("text_model.")
-        yield Place(name, path if path.startswith("text_projection") else f"text_model.{path}", (path,))
+        path = name[len(prefix) :]
+        if path.startswith(("text_model.", "text_projection")):
+            yield Place(name, path, (path,))
+
+
+def _bare_clip(prefix: str, names: Sequence[str]) -> Iterator[Place]:
+    """CLIPTextModel of transformers 5, whose names lack ``text_model.``."""
+    for name in names:
+        path = f"text_model.{name[len(prefix) :]}"
+        yield Place(name, path, (path,))
 
 
 def _open_clip(prefix: str, names: Sequence[str]) -> Iterator[Place]:
@@ -106,6 +113,10 @@ def _open_clip_paths(own: str) -> Iterator[tuple[str, int | None]]:
 
 _STRUCTURES = {
     "unet": (("output_blocks.0.", _ldm_unet), ("up_blocks.0.", _diffusers_unet)),
-    "te": (("encoder.layers.0.", _clip), ("transformer.resblocks.0.", _open_clip)),
+    "te": (
+        ("text_model.encoder.layers.0.", _clip),
+        ("encoder.layers.0.", _bare_clip),
+        ("transformer.resblocks.0.", _open_clip),
+    ),
 }
-"""Component → a name that occurs in every model of a structure, and what reads that structure."""
+"""Component → a name that occurs in every model of a structure, and what reads it; the first found counts."""

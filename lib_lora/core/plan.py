@@ -1,4 +1,4 @@
-"""What is to be fused where, as data: every check of names, shapes and families ends here, before a weight is touched."""
+"""What is to be fused where, as data: checks of names, shapes and families end here, before a weight is touched."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_lasting_out_of_memory_is_told_and_leaves_the_base_weights(session, unet
     for at in range(0, LAYERS, 7):
         error = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         monkeypatch.setattr(patcher.numerics, "fuse_layer", Interrupting(at, error, lasting=True))
-        with pytest.raises(FuseMemoryError, match="not enough memory to fuse 722 layers.*base weights are back"):
+        with pytest.raises(FuseMemoryError, match=r"not enough memory to fuse 722 layers.*base weights are back"):
             session.set([("l0", 1.0)])
         assert not session.active
     monkeypatch.undo()

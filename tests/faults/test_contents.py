@@ -166,7 +166,7 @@ def test_dyn_uses_the_first_ranks(session, unet, layers, tmp_path):
     tensors = lora_tensors(layers, rank=4, alpha=4)
     save_tensors(tmp_path / "dy.safetensors", tensors)
     cut = {
-        key: tensor[:, :2] if "up" in key else tensor[:2] if "down" in key else torch.tensor(2.0)
+        key: tensor[:, :2] if ".lora_up" in key else tensor[:2] if ".lora_down" in key else torch.tensor(2.0)
         for key, tensor in tensors.items()
     }  # alpha / rank = 1 in both files
     save_tensors(tmp_path / "cut.safetensors", cut)
@@ -204,7 +204,9 @@ def test_c3lier_and_text_encoder_layers_are_applied_together(tmp_path):
 
 def test_a_lora_made_for_unsupported_algorithms_says_so(session, layers, tmp_path):
     name = kohya_name(layers[0])
-    reason = refused(session, tmp_path, {f"{name}.hada_w1_a": torch.zeros(8, 2), f"{name}.hada_w1_b": torch.zeros(2, 8)})
+    reason = refused(
+        session, tmp_path, {f"{name}.hada_w1_a": torch.zeros(8, 2), f"{name}.hada_w1_b": torch.zeros(2, 8)}
+    )
     assert "no known algorithm" in reason
     assert "hada_w1_a" in reason
 

@@ -40,7 +40,7 @@ def test_alpha_is_followed_or_refused(rank, alpha):
     if alpha != "absent":
         tensors["alpha"] = torch.tensor(float(rank) if alpha == "rank" else alpha)
     if alpha != "absent" and (tensors["alpha"].numel() > 1 or not torch.isfinite(tensors["alpha"])):
-        with pytest.raises(AdapterError, match="alpha is"):
+        with pytest.raises(AdapterError, match="alpha is .*not"):
             load_adapter(tensors)
         return
     scale = {"absent": 1.0, "rank": 1.0}.get(alpha) if isinstance(alpha, str) else alpha / rank
@@ -65,9 +65,7 @@ def test_tuckers_core_is_folded_into_down():
     generator = torch.Generator().manual_seed(1)
     up, mid, down = (torch.randn(*s, generator=generator) for s in ((8, 4, 1, 1), (4, 3, 3, 3), (3, 5, 1, 1)))
     adapter = load_adapter({"lora_up": up, "lora_mid": mid, "lora_down": down, "alpha": torch.tensor(3.0)})
-    exact = torch.einsum(
-        "op,pqhw,qi->oihw", up[:, :, 0, 0].double(), mid.double(), down[:, :, 0, 0].double()
-    )
+    exact = torch.einsum("op,pqhw,qi->oihw", up[:, :, 0, 0].double(), mid.double(), down[:, :, 0, 0].double())
     assert relative(adapter.delta_weight(torch.zeros(8, 5, 3, 3)), exact) < RELATIVE_ERROR
 
 

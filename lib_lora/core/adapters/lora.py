@@ -56,7 +56,7 @@ class LoraAdapter:
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether ΔW fills a weight of (out, in) or (out, in, kh, kw); a 1x1 convolution and a Linear are alike."""
-        return self.up.shape[0] == shape[0] and self.down[:1].numel() == math.prod(shape[1:])
+        return self.up.shape[0] == shape[0] and math.prod(self.down.shape[1:]) == math.prod(shape[1:])
 
     def shape_text(self) -> str:
         """ΔW's shape, such as ``(320, 768)``."""
@@ -68,7 +68,7 @@ class LoraAdapter:
 
     @cached_property
     def _bound(self) -> float:
-        norms = (torch.linalg.vector_norm(factor, dtype=torch.float32).item() for factor in (self.up, self.down))
+        norms = [factor.norm(dtype=torch.float32).item() for factor in (self.up, self.down)]
         return abs(self.scale) * math.prod(norms)
 
     def factors(self) -> Factors:
@@ -134,6 +134,8 @@ def _scale(tensors: Mapping[str, Tensor], rank: int, default_alpha: float | None
 
 
 def _number(tensor: Tensor, role: str) -> float:
-    if tensor.shape not in ((), (1,)) or not math.isfinite(value := tensor.float().item()):
-        raise AdapterError(f"{role} is {tensor.tolist() if tensor.numel() < 4 else tuple(tensor.shape)}, not one number")
+    if tensor.shape not in ((), (1,)):
+        raise AdapterError(f"{role} is a tensor of shape {tuple(tensor.shape)}, not one number")
+    if not math.isfinite(value := tensor.float().item()):
+        raise AdapterError(f"{role} is {value}, not a finite number")
     return value

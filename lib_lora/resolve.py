@@ -1,0 +1,111 @@
+"""From the LoRAs a request names to networks that are laid over the model; what was read once is kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lib_lora.core.files import FileIdentity
+from lib_lora.core.network import load_network
+from lib_lora.core.plan import match_network
+from lib_lora.errors import PrefuseError
+from lib_lora.report import AppliedLora, RefusedLora
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lib_lora.catalog import CatalogEntry, LoraCatalog
+    from lib_lora.core.keymap import KeyMap
+    from lib_lora.core.network import Network
+    from lib_lora.core.plan import Match
+    from lib_lora.prompt.tags import LoraRequest
+
+IDLE_BYTES = 1 << 30
+"""Networks that are not in the last request stay in memory up to this size."""
+
+
+@dataclass(frozen=True)
+class ResolvedLora:
+    """A LoRA of a request that was found, read and laid over the model."""
+
+    request: LoraRequest
+    entry: CatalogEntry
+    match: Match
+
+    @property
+    def network(self) -> Network:
+        """The file's content, cut to the request's ranks."""
+        return self.match.network
+
+    def notes(self) -> list[str]:
+        """Sentences about its name, its file, its layers and its arguments."""
+        notes = [*self.entry.notes, *self.network.notes, self.match.note]
+        if self.request.ignored:
+            arguments = ", ".join(self.request.ignored)
+            notes.append(f"{self.request.name}: {arguments} is not understood here and was ignored")
+        return [note for note in notes if note]
+
+    def applied(self) -> AppliedLora:
+        """Its line in the report."""
+        return AppliedLora(
+            name=self.request.name,
+            path=self.entry.path,
+            te=self.request.te,
+            unet=self.request.unet,
+            layers=len(self.match.layers),
+            unmatched=len(self.match.unmatched),
+            rank=max(self.network.ranks, default=0),
+            algorithm=self.network.algorithm,
+        )
+
+
+class Resolver:
+    """Reads LoRA files for one model. A file that changed on disk is read again."""
+
+    def __init__(self, catalog: LoraCatalog, keymap: KeyMap) -> None:
+        self._catalog = catalog
+        self._keymap = keymap
+        self._networks: OrderedDict[FileIdentity, Network] = OrderedDict()
+        self._matches: dict[str, Match] = {}
+
+    def resolve(self, requests: Iterable[LoraRequest]) -> tuple[list[ResolvedLora], list[RefusedLora]]:
+        """Find, read and match each LoRA; one's fault is not the others'."""
+        found: list[ResolvedLora] = []
+        refused: list[RefusedLora] = []
+        for request in requests:
+            try:
+                entry = self._catalog.find(request.name)
+                found.append(ResolvedLora(request, entry, self._match(entry, request.dyn)))
+            except PrefuseError as error:  # noqa: PERF203 -- that is the point
+                refused.append(RefusedLora(request.name, str(error)))
+        return found, refused
+
+    def trim(self, used: Sequence[ResolvedLora]) -> None:
+        """Forget the networks that were not used for longest, until those not in `used` fit `IDLE_BYTES`."""
+        identities = {lora.network.identity for lora in used}
+        idle = [network for identity, network in self._networks.items() if identity not in identities]
+        excess = sum(network.nbytes for network in idle) - IDLE_BYTES
+        for network in idle:
+            if excess > 0:
+                excess -= network.nbytes
+                del self._networks[network.identity]
+        kept = self._networks
+        self._matches = {uid: match for uid, match in self._matches.items() if match.network.identity in kept}
+
+    def clear(self) -> None:
+        """Forget all networks."""
+        self._networks.clear()
+        self._matches.clear()
+
+    def _match(self, entry: CatalogEntry, dyn: int | None) -> Match:
+        network = self._networks.get(FileIdentity.of(entry.path))
+        if network is None:
+            network = load_network(entry.path)
+            self._networks[network.identity] = network
+        self._networks.move_to_end(network.identity)
+        if dyn is not None:
+            network = network.with_rank(dyn)
+        if network.uid not in self._matches:
+            self._matches[network.uid] = match_network(self._keymap, network)
+        return self._matches[network.uid]
