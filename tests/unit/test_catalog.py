@@ -154,6 +154,12 @@ def test_an_alias_of_several_files_is_refused_with_what_to_write(tmp_path: Path)
     assert catalog.find("ink").path == final, "a file name counts more than aliases"
 
 
+def test_an_alias_counts_more_than_a_path_as_the_webui_knows_no_paths(tmp_path: Path) -> None:
+    write_lora(tmp_path / "style" / "ink.safetensors")
+    aliased = write_lora(tmp_path / "other.safetensors", ss_output_name="style/ink")
+    assert LoraCatalog([tmp_path]).find("style/ink").path == aliased
+
+
 def test_the_alias_none_is_no_name(tmp_path: Path) -> None:
     write_lora(tmp_path / "a.safetensors", ss_output_name="None")
     catalog = LoraCatalog([tmp_path])
@@ -200,6 +206,26 @@ def test_the_hash_is_that_of_the_tensors_unless_the_metadata_has_one(tmp_path: P
         content = path.read_bytes()
         data = content[8 + int.from_bytes(content[:8], "little") :]
         assert catalog.data_hash(catalog.find(name)) == hashlib.sha256(data).hexdigest()
+
+
+def test_the_hash_of_a_file_that_changes_meanwhile_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_lora(tmp_path / "a.safetensors", 1.0)
+    catalog = LoraCatalog([tmp_path])
+    entry = catalog.find("a")
+    write_lora(tmp_path / "b.safetensors", 2.0)
+    before, replaced = path.stat(), catalog.data_hash(catalog.find("b"))
+    data_sha256 = catalog_module.data_sha256
+
+    def replace_and_hash(path: Path) -> str:
+        write_lora(path, 2.0)
+        return data_sha256(path)
+
+    monkeypatch.setattr(catalog_module, "data_sha256", replace_and_hash)
+    assert catalog.data_hash(entry) == replaced
+    monkeypatch.undo()
+    write_lora(path, 1.0)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert catalog.data_hash(entry) != replaced
 
 
 def test_lora_hashes_name_each_lora_as_the_infotext_does(tmp_path: Path) -> None:
