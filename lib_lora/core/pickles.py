@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 60
 DEFAULT_MEMORY_BYTES = 4_000_000_000
-STARTING_S = 60  # what importing torch may take on a busy computer, before the file is opened
+STARTING_S = 120  # what importing torch may take on a busy computer, before the file is opened
 # Exit codes of the process. Python's own, 1 and 2, mean that it broke.
 _CONVERTED = 0
 _REFUSED = 10
@@ -68,11 +68,12 @@ def convert_pickle(
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=timeout_s,
+            timeout=STARTING_S + timeout_s,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise PickleRefusedError(f"{shown(source)} is refused: it was not read within {timeout_s:g} s") from error
+        message = f"{shown(source)} is refused: it was not read within {error.timeout:g} s"
+        raise PickleRefusedError(message) from error
     if done.returncode != _CONVERTED:
         raise _failure(source, done)
 
