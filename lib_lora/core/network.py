@@ -7,23 +7,22 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from lib_lora.core.adapters import LowRankAdapter, WeightAdapter, load_adapter
 from lib_lora.core.files import read_lora_file
 from lib_lora.core.models import BaseModel
 from lib_lora.core.naming import split_key
-from lib_lora.errors import AdapterError, NamingError, NonFiniteError, PrefuseError
+from lib_lora.errors import AdapterError, NamingError, NonFiniteError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
 
     from lib_lora.core.files import FileIdentity, LoraFile
-
-ZERO_RANK = "rank 0"
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,11 +160,11 @@ def _check_finite(name: str, adapters: Mapping[str, WeightAdapter]) -> None:
 class _PeftAlphas:
     """Alphas of files whose layers have none: diffusers writes PEFT's settings into the header.
 
-    Source: `lora_adapter_metadata` of diffusers >= 0.34, a JSON text with ``unet.lora_alpha``, ``unet.r``,
-    ``unet.use_rslora``, ``unet.alpha_pattern`` and ``unet.rank_pattern`` for each component.
+    Source: `lora_adapter_metadata` of diffusers >= 0.34, a JSON text with ``lora_alpha``, ``r``, ``use_rslora``,
+    ``alpha_pattern`` and ``rank_pattern``, each behind ``unet.``, ``text_encoder.``, … in a file of several components.
     """
 
-    PREFIXES = (("unet", "unet"), ("te1", "text_encoder"), ("te2", "text_encoder_2"), ("transformer", "transformer"))
+    PREFIXES = MappingProxyType({"te1": "text_encoder", "te2": "text_encoder_2"})
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
         try:
@@ -177,24 +176,20 @@ class _PeftAlphas:
     def of(self, layer: str) -> float | None:
         """Alpha for one layer such that alpha / rank is PEFT's scaling, or None where nothing is said."""
         component, _, path = layer.partition(":")
-        prefix = dict(self.PREFIXES).get(component, component)
-        alpha = self._number(f"{prefix}.lora_alpha", path, f"{prefix}.alpha_pattern")
-        if alpha is None or not self._settings.get(f"{prefix}.use_rslora"):
+        prefix = self.PREFIXES.get(component, component)
+        alpha = self._number(prefix, "lora_alpha", path, "alpha_pattern")
+        if alpha is None or not self._setting(prefix, "use_rslora"):
             return alpha
-        rank = self._number(f"{prefix}.r", path, f"{prefix}.rank_pattern")
+        rank = self._number(prefix, "r", path, "rank_pattern")
         return None if rank is None else alpha * math.sqrt(rank)
 
-    def _number(self, key: str, path: str, pattern_key: str) -> float | None:
-        value: Any = self._settings.get(key)
-        for pattern, special in self._items(pattern_key):
+    def _setting(self, prefix: str, key: str) -> Any:
+        return self._settings.get(f"{prefix}.{key}", self._settings.get(key))
+
+    def _number(self, prefix: str, key: str, path: str, pattern_key: str) -> float | None:
+        value = self._setting(prefix, key)
+        patterns = self._setting(prefix, pattern_key)
+        for pattern, special in cast("dict[str, Any]", patterns).items() if isinstance(patterns, dict) else ():
             if path.endswith(pattern.replace(".", "_").lstrip("^")):
                 value = special
         return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-    def _items(self, key: str) -> Iterator[tuple[str, Any]]:
-        patterns: Any = self._settings.get(key)
-        if isinstance(patterns, dict):
-            yield from cast("Iterable[tuple[str, Any]]", patterns.items())  # pyright: ignore[reportUnknownMemberType]
-
-
-__all__ = ["Network", "PrefuseError", "load_network", "network_from_file"]
