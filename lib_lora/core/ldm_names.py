@@ -91,7 +91,7 @@ def _diffusers_levels(parts: Set[str], side: str) -> list[_Level]:
 def _ldm_levels(parts: Set[str], side: str) -> list[_Level]:
     levels: list[_Level] = []
     attentions: list[bool] = []
-    for number in takewhile(lambda number: f"{side}_blocks.{number}" in parts, count(1 if side == "input" else 0)):
+    for number in takewhile(lambda number: f"{side}_blocks.{number}" in parts, count()):
         block = f"{side}_blocks.{number}"
         resized = not parts.isdisjoint((f"{block}.0.op", f"{block}.1.conv", f"{block}.2.conv"))
         if f"{block}.0.in_layers" in parts:

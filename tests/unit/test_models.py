@@ -122,6 +122,15 @@ def test_a_file_of_sdxl_in_diffusers_spelling_is_told_by_its_depth_alone():
     assert BaseModel.of_file(shapes, {}) is BaseModel.SDXL
 
 
+@pytest.mark.parametrize(
+    ("context", "family"),
+    [(768, BaseModel.SD1), (1024, BaseModel.SD2), (2048, BaseModel.SDXL), (1280, BaseModel.SDXL)],
+)
+def test_one_layer_that_reads_the_text_tells_the_family_by_its_width(context, family):
+    shapes = {"unet:input_blocks_4_1_transformer_blocks_0_attn2_to_v": (640, context)}
+    assert BaseModel.of_model(shapes) is family
+
+
 @pytest.mark.parametrize("spelling", SD3_SPELLINGS)
 def test_sd3_is_told_by_its_names(spelling):
     assert BaseModel.of_file(layers(SD3_SPELLINGS[spelling]), {}) is BaseModel.SD3
