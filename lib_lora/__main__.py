@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import logging
 import os
 import secrets
 import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,6 @@ from lib_lora.errors import ModelError, PrefuseError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from types import ModuleType
 
     from lib_lora.hosts.standalone.loading import LoadedModel
     from lib_lora.session import LoraSession
@@ -33,6 +33,8 @@ OUTPUTS = Path("outputs")
 LORAS = Path("loras")
 SEEDS = 2**32
 INTERRUPTED = 130
+NAMES_SHOWN = 5
+METADATA_SHOWN = 200
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         logging.getLogger("lib_lora").exception("unexpected")
-        print(
-            f"An error in Prefuse ({type(error).__name__}: {error}); please report what stands above.", file=sys.stderr
-        )
+        print(f"This is a fault of Prefuse, please report it: {type(error).__name__}: {error}", file=sys.stderr)
     return 1
 
 
@@ -149,13 +149,12 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true")
 
 
-def _inspect(arguments: argparse.Namespace, _: list[str]) -> int:
+def _inspect(arguments: argparse.Namespace, _: list[str]) -> None:
     """Say what a file is: base model, algorithm, ranks, alphas, norms per block, NaN, metadata."""
     from lib_lora.tools.inspect import inspect_file
 
     inspection = inspect_file(arguments.file)
     _tell(inspection.to_dict(), _inspection_text(inspection), as_json=arguments.json)
-    return 1 if inspection.problem else 0
 
 
 def _inspection_text(found: Inspection) -> str:
@@ -174,9 +173,7 @@ def _inspection_text(found: Inspection) -> str:
         "notes": "; ".join(found.notes),
         "problem": found.problem,
     }
-    rows |= {
-        f"metadata {key}": value if len(value) <= 200 else f"{value[:200]}…" for key, value in found.metadata.items()
-    }
+    rows |= {f"metadata {key}": textwrap.shorten(value, METADATA_SHOWN) for key, value in found.metadata.items()}
     return "\n".join(f"{key:16} {value}" for key, value in rows.items() if value)
 
 
@@ -185,25 +182,21 @@ def _counts(counts: Mapping[Any, int]) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    return f"{len(names)}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names else ""
+    more = ", …" if len(names) > NAMES_SHOWN else ""
+    return f"{len(names)}: {', '.join(names[:NAMES_SHOWN])}{more}" if names else ""
 
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", choices=SUITES, required=True, help="further options go to the suite")
+    parser.add_argument("--suite", choices=SUITES, help="one of them (default: all); further options go to the suite")
 
 
 def _bench(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Measure on this computer what the README claims."""
-    path = BENCHMARKS / f"{arguments.suite}.py"
-    if not path.is_file():
-        raise RequestError(f"{path} is missing; the benchmarks are in the repository, not in an installed package.")
-    return _module(path).main(rest) or 0
-
-
-def _module(path: Path) -> ModuleType:
-    """A script as a module; its neighbours can be imported."""
-    sys.path.insert(0, str(path.parents[1]))
-    return importlib.import_module(f"{path.parent.name}.{path.stem}")
+    if not BENCHMARKS.is_dir():
+        raise RequestError(f"{BENCHMARKS} is missing; the benchmarks are in the repository, not in the package.")
+    sys.path.insert(0, str(BENCHMARKS.parent))
+    suites = (arguments.suite,) if arguments.suite else SUITES
+    return max(importlib.import_module(f"{BENCHMARKS.name}.{suite}").main(rest) or 0 for suite in suites)
 
 
 def _doctor_options(parser: argparse.ArgumentParser) -> None:

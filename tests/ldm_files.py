@@ -7,7 +7,6 @@ open_clip.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,8 @@ import torch
 from lib_lora.core.files import save_tensors
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
 RESNET = {
@@ -95,9 +96,8 @@ def open_clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
             inner = OPEN_CLIP.get(block[2], block[2].replace("self_attn", "attn"))
             made[f"transformer.resblocks.{block[1]}.{inner}.{block[3]}"] = tensor
         else:
-            plain = {"embeddings.position_embedding.weight": "positional_embedding"}
-            name = name.replace("embeddings.token_embedding", "token_embedding").replace("final_layer_norm", "ln_final")
-            made[plain.get(name, name)] = tensor
+            short = name.removeprefix("embeddings.").replace("final_layer_norm", "ln_final")
+            made[short.replace("position_embedding.weight", "positional_embedding")] = tensor
     return made
 
 

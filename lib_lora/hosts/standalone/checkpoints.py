@@ -9,7 +9,7 @@ import torch
 from lib_lora.core.files import MappedTensors, map_checkpoint
 from lib_lora.errors import ModelError
 from lib_lora.hosts.standalone.families import CONFIGS, UNET_PREFIX, VAE_PREFIX, Family, recognise
-from lib_lora.hosts.standalone.libraries import diffusers_class, transformers_class
+from lib_lora.hosts.standalone.libraries import diffusers_class, dtype_option, transformers_class
 from lib_lora.hosts.standalone.text_towers import tower_tensors
 from lib_lora.hosts.standalone.vocabulary import clip_tokenizer
 
@@ -68,7 +68,7 @@ def _unet_and_vae(tensors: MappedTensors, folder: Path, dtype: torch.dtype, path
         own = _owned({key: tensors[key] for key in tensors if key.startswith(prefix)}, dtype)
         try:
             parts[name] = diffusers_class(kind).from_single_file(
-                own, config=str(folder), subfolder=name, torch_dtype=dtype, local_files_only=True
+                own, config=str(folder), subfolder=name, local_files_only=True, **dtype_option(dtype)
             )
         except (KeyError, ValueError, RuntimeError) as error:  # whatever the conversion trips over
             raise ModelError(f"{path.name}: the {name} does not fit the configuration in {folder}: {error}") from error

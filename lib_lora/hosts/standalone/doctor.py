@@ -7,14 +7,16 @@ import importlib.metadata
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
 
 from lib_lora import __version__
 from lib_lora.hosts.standalone.vocabulary import find_vocabulary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 PACKAGES = ("torch", "safetensors", "diffusers", "transformers", "accelerate", "numpy", "pillow")
 COMPILERS = ("g++", "c++", "clang++", "cl")
@@ -46,11 +48,14 @@ def examine() -> list[Finding]:
 def _versions() -> Iterator[Finding]:
     yield Finding("Prefuse", __version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in PACKAGES:
-        try:
-            yield Finding(package, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding(package, "missing", f"pip install {package}")
+    yield from map(_version, PACKAGES)
+
+
+def _version(package: str) -> Finding:
+    try:
+        return Finding(package, importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(package, "missing", f"pip install {package}")
 
 
 def _devices() -> Iterator[Finding]:
@@ -104,7 +109,7 @@ def _import_finding(module: str, advice: str) -> Finding:
         return Finding(module, "not installed", advice)
     except Exception as error:  # noqa: BLE001 -- a broken build can raise anything when it loads its libraries
         return Finding(module, f"installed, but broken: {type(error).__name__}: {error}", f"reinstall {module}")
-    return Finding(module, importlib.metadata.version(module))
+    return _version(module)
 
 
 def _vocabulary() -> Iterator[Finding]:

@@ -10,12 +10,10 @@ import torch
 
 from lib_lora import __version__
 from lib_lora.errors import RequestError
-from lib_lora.hosts.standalone.infotext import Infotext, lora_hashes
+from lib_lora.hosts.standalone.infotext import Infotext
 from lib_lora.hosts.standalone.samplers import DEFAULT_SAMPLER, make_scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from PIL.Image import Image
 
     from lib_lora.hosts.standalone.loading import LoadedModel
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from lib_lora.session import LoraSession
 
 SIZE_STEP = 8
-SHORT_HASH = 12
 SEEDS = 2**32
 
 
@@ -101,7 +98,8 @@ def generate(
     seeds = range(request.seed, request.seed + request.count)
     with session.lease(request.prompt) as report:
         drawn = [(_draw(loaded, request, report.text, seed), seed) for seed in seeds]
-        hashes = _hashes(session, report)
+        names = [lora.name for lora in report.applied]
+        hashes = session.catalog.lora_hashes([session.catalog.find(name) for name in names], names)
     return [GeneratedImage(image, _infotext(loaded, request, image, seed, hashes), report) for image, seed in drawn]
 
 
@@ -123,15 +121,7 @@ def _draw(loaded: LoadedModel, request: GenerateRequest, text: str, seed: int) -
     return loaded.pipe.numpy_to_pil(pixels)[0]
 
 
-def _hashes(session: LoraSession, report: SessionReport) -> Mapping[str, str]:
-    """Short hash of every LoRA that is really in the picture."""
-    catalog = session.catalog
-    return {lora.name: catalog.data_hash(catalog.find(lora.name))[:SHORT_HASH] for lora in report.applied}
-
-
-def _infotext(
-    loaded: LoadedModel, request: GenerateRequest, image: Image, seed: int, hashes: Mapping[str, str]
-) -> Infotext:
+def _infotext(loaded: LoadedModel, request: GenerateRequest, image: Image, seed: int, hashes: str) -> Infotext:
     parameters = {
         "Steps": f"{request.steps}",
         "Sampler": request.sampler,
@@ -140,7 +130,7 @@ def _infotext(
         "Size": f"{image.width}x{image.height}",
         "Model hash": loaded.short_hash,
         "Model": loaded.name,
-        "Lora hashes": lora_hashes(hashes),
+        "Lora hashes": hashes,
         "Version": f"Prefuse {__version__}",
     }
     filled = {key: value for key, value in parameters.items() if value}

@@ -59,15 +59,6 @@ def unquote(value: str) -> str:
         return value
 
 
-def lora_hashes(hashes: Mapping[str, str]) -> str:
-    """``name: hash, name: hash``; colons and commas are left out of names, for they could not be read back.
-
-    Args:
-        hashes: First 12 hex digits of each LoRA's hash by the name in the prompt.
-    """
-    return ", ".join(f"{re.sub('[:,]', '', name)}: {short}" for name, short in hashes.items())
-
-
 def parse_infotext(text: str) -> Infotext:
     """Read back what `Infotext` or the WebUI wrote; text without parameters is all prompt."""
     *lines, last = text.strip().split("\n")

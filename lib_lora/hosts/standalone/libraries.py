@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPE_RENAMED = (0, 40)
 
 
 def diffusers_class(name: str) -> Any:
@@ -14,3 +20,9 @@ def diffusers_class(name: str) -> Any:
 def transformers_class(name: str) -> Any:
     """Such as ``CLIPTextModel``."""
     return getattr(importlib.import_module("transformers"), name)
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The keyword that tells diffusers a dtype: ``torch_dtype`` before version 0.40, ``dtype`` since."""
+    version = tuple(int(part) for part in importlib.metadata.version("diffusers").split(".")[:2])
+    return {"dtype" if version >= DTYPE_RENAMED else "torch_dtype": dtype}

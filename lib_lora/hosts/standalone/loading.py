@@ -15,7 +15,7 @@ import torch
 from lib_lora.core.pickles import convert_pickle
 from lib_lora.errors import ModelError, PickleRefusedError
 from lib_lora.hosts.standalone.checkpoints import load_single_file
-from lib_lora.hosts.standalone.libraries import diffusers_class
+from lib_lora.hosts.standalone.libraries import diffusers_class, dtype_option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -166,9 +166,9 @@ def _load_folder(folder: Path, dtype: torch.dtype, name: str) -> LoadedModel:
     absent: dict[str, Any] = {part: None for part in NOT_LOADED if part in components}
     if kind == "StableDiffusionPipeline":
         absent["requires_safety_checker"] = False
-    options = {"local_files_only": True, "use_safetensors": True, "variant": variant, **absent}
+    options = {"local_files_only": True, "use_safetensors": True, "variant": variant, **absent, **dtype_option(dtype)}
     try:
-        pipe = diffusers_class(kind).from_pretrained(folder, torch_dtype=dtype, **options)
+        pipe = diffusers_class(kind).from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"The model in {folder} can not be loaded: {str(error).strip().splitlines()[0]}") from error
     files = [file for part in PATCHED_PARTS for file in _weight_files(folder / part, variant)]

@@ -19,6 +19,7 @@ from lib_lora.hosts.standalone.libraries import transformers_class
 
 FILE_NAME = "bpe_simple_vocab_16e6.txt.gz"
 PACKAGES = ("open_clip", "clip")
+TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 MERGES = 49152 - 256 - 2
 WORD_END = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -95,9 +96,11 @@ def clip_tokenizer(source: Path | None, pad_token: str) -> Any:
 
 
 def _from_folder(folder: Path, pad_token: str) -> Any:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(f"{folder} holds no CLIP tokenizer: neither {' nor '.join(TOKENIZER_FILES)} is there.")
     try:
         return transformers_class("CLIPTokenizer").from_pretrained(
             folder, local_files_only=True, pad_token=pad_token, model_max_length=77
         )
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{folder} holds no CLIP tokenizer (vocab.json and merges.txt): {error}") from error
+        raise ModelError(f"The tokenizer in {folder} can not be read: {error}") from error
