@@ -33,7 +33,7 @@ from .train_vae import ROUNDS, train_vae
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-STEPS = {"vae": sum(part.steps for part in ROUNDS), "unet": 2800, "loras": 500}
+STEPS = {"vae": sum(part.steps for part in ROUNDS), "unet": 2800, "stripes": 600, "outline": 600}
 PARTS = {
     "vae": ("diffusers", "AutoencoderKL"),
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -71,7 +71,7 @@ class Build:
         recipe = RECIPES[name]
         tokenizer = CLIPTokenizer.from_pretrained(self.model / "tokenizer")
         vae = AutoencoderKL.from_pretrained(self.model / "vae")
-        tensors, error = train_lora(self._load_denoiser(tokenizer), vae, tokenizer, recipe, self.seed, STEPS["loras"])
+        tensors, error = train_lora(self._load_denoiser(tokenizer), vae, tokenizer, recipe, self.seed, STEPS[name])
         metadata = {
             "modelspec.title": name,
             "ss_output_name": name,
@@ -110,8 +110,7 @@ class Build:
         """Add one stage to PROVENANCE.json and hash every file anew."""
         path = self.model / "PROVENANCE.json"
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"stages": {}}
-        steps = STEPS["vae" if stage == "vae" else "unet" if stage == "unet" else "loras"]
-        known["stages"][stage] = {"steps": steps, "minutes": round(minutes, 1), "last_loss": round(error, 5)}
+        known["stages"][stage] = {"steps": STEPS[stage], "minutes": round(minutes, 1), "last_loss": round(error, 5)}
         known |= {
             "command": f"python -m lib_lora.hosts.standalone.demo.build --seed {self.seed} --out FOLDER",
             "seed": self.seed,

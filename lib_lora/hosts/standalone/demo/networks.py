@@ -63,6 +63,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            dtype="float32",  # of the model in use; the file is fp16
         )
     )
 

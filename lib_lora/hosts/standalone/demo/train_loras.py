@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 PICTURES = 4000
-BATCH = 64
+BATCH = 32
 
 _TRANSFORMER = ("Transformer2DModel",)
 _CONVOLUTIONAL = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
