@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,6 +16,13 @@ SAMPLES = 32
 """Elements looked at in each weight, evenly spread."""
 
 
+class Sample(NamedTuple):
+    """Some elements of a weight: their dtype and their bytes."""
+
+    dtype: torch.dtype
+    data: bytes
+
+
 class Change(Enum):
     """What happened to a weight between two samples of it."""
 
@@ -24,34 +31,31 @@ class Change(Enum):
     REPLACED = "other numbers"
 
 
-def samples(weights: Sequence[Tensor]) -> list[Tensor]:
-    """`SAMPLES` evenly spread elements of each weight, 1-D on the CPU; one transfer for each device and dtype."""
+def samples(weights: Sequence[Tensor]) -> list[Sample]:
+    """`SAMPLES` evenly spread elements of each weight; one transfer for each device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, weight in enumerate(weights):
         groups.setdefault((weight.device, weight.dtype), []).append(index)
-    result: list[Tensor] = [torch.empty(0)] * len(weights)
+    result: dict[int, Sample] = {}
     for (_, dtype), indices in groups.items():
-        pieces = [_sample(weights[index]) for index in indices]
-        joined = torch.cat(pieces).cpu().view(dtype)
+        pieces = [_elements(weights[index]) for index in indices]
+        data = torch.cat(pieces).cpu().view(torch.uint8).numpy().tobytes()
         start = 0
         for index, piece in zip(indices, pieces, strict=True):
-            result[index] = joined[start : (start := start + piece.numel())]
-    return result
+            result[index] = Sample(dtype, data[start : (start := start + piece.numel() * piece.element_size())])
+    return [result[index] for index in range(len(weights))]
 
 
-def compare(before: Tensor, now: Tensor) -> Change:
+def compare(before: Sample, now: Sample) -> Change:
     """Bit for bit, so NaN equals itself; a converted dtype is told from other numbers."""
-    if before.dtype != now.dtype:
-        return Change.CONVERTED if _same_bits(before.to(now.dtype), now) else Change.REPLACED
-    return Change.NONE if _same_bits(before, now) else Change.REPLACED
+    if before.dtype == now.dtype:
+        return Change.NONE if before.data == now.data else Change.REPLACED
+    converted = torch.frombuffer(bytearray(before.data), dtype=before.dtype).to(now.dtype)
+    same = converted.view(torch.uint8).numpy().tobytes() == now.data
+    return Change.CONVERTED if same else Change.REPLACED
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def _sample(weight: Tensor) -> Tensor:
+def _elements(weight: Tensor) -> Tensor:
     count = min(SAMPLES, weight.numel())
-    step = max(1, weight.numel() // max(1, count))
-    sample = weight.detach().as_strided((count,), (step,), weight.storage_offset())
-    return sample.view(torch.uint8) if sample.element_size() == 1 else sample
+    elements = weight.as_strided((count,), (weight.numel() // count,), weight.storage_offset())
+    return elements.view(torch.uint8) if elements.element_size() == 1 else elements

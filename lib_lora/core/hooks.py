@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from lib_lora.core import numerics
-from lib_lora.core.adapters import LowRankAdapter
+from lib_lora.core.adapters import is_low_rank
 from lib_lora.core.patcher import ApplyReport
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def make_path(patch: LayerPatch, workspace: numerics.Workspace) -> Path:
 
 def _is_cheaper_dense(patch: LayerPatch) -> bool:
     """Whether rank · (in + out) multiplications for each position are more than in · out."""
-    if not all(isinstance(term.adapter, LowRankAdapter) for term in patch.terms):
+    if not all(is_low_rank(term.adapter) for term in patch.terms):
         return True
     rank = sum(term.adapter.rank for term in patch.terms)
     rows, columns = patch.layer.shape[0], math.prod(patch.layer.shape[1:])

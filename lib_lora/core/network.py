@@ -10,7 +10,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
-from lib_lora.core.adapters import LowRankAdapter, WeightAdapter, load_adapter
+from lib_lora.core.adapters import WeightAdapter, is_low_rank, load_adapter
 from lib_lora.core.files import read_lora_file
 from lib_lora.core.models import BaseModel
 from lib_lora.core.naming import split_key
@@ -78,7 +78,7 @@ class Network:
         """
         sliced: dict[str, WeightAdapter] = {}
         for layer, adapter in self.adapters.items():
-            if not isinstance(adapter, LowRankAdapter):
+            if not is_low_rank(adapter):
                 raise AdapterError(f"{self.name}: dyn={dyn} needs LoRA factors, layer {layer} is {adapter.algorithm}")
             sliced[layer] = adapter.sliced(dyn)
         return replace(self, adapters=sliced, dyn=dyn)

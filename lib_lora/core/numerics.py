@@ -6,13 +6,13 @@ prompt would have made.
 
 from __future__ import annotations
 
+import functools
 import math
-from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
-from lib_lora.core.adapters import LowRankAdapter, WeightAdapter
+from lib_lora.core.adapters import LowRankAdapter, WeightAdapter, is_low_rank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,17 +71,26 @@ def stack(terms: Sequence[Term], dtype: torch.dtype, device: torch.device, works
         device: Where the result lives.
         workspace: Holds the result, until the next call with it.
     """
-    factors = [(term.adapter.factors(), term.factor) for term in terms if isinstance(term.adapter, LowRankAdapter)]
-    rank = sum(low.up.shape[1] for low, _ in factors)
-    gain = 1.0 if dtype != torch.float16 else _power_of_two(max(abs(low.scale * factor) for low, factor in factors))
-    up = workspace.take("up", (factors[0][0].up.shape[0], rank), torch.float32, device)
-    down = workspace.take("down", (rank, factors[0][0].down.shape[1]), dtype, device)
-    start = 0
-    for low, factor in factors:
-        part = slice(start, start := start + low.up.shape[1])
-        up[:, part].copy_(low.up, non_blocking=True).mul_(low.scale * factor / gain)
-        down[part].copy_(low.down, non_blocking=True)
+    factors = [cast("LowRankAdapter", term.adapter).factors() for term in terms]
+    scales = [low.scale * term.factor for low, term in zip(factors, terms, strict=True)]
+    gain = 1.0 if dtype != torch.float16 else _power_of_two(max(map(abs, scales)))
+    up = _joined([low.up for low in factors], 1, torch.float32, device, workspace)
+    down = _joined([low.down for low in factors], 0, dtype, device, workspace)
+    ranks = [low.up.shape[1] for low in factors]
+    each = [scale / gain for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
+    up.mul_(torch.tensor(each, dtype=torch.float32, device=device))
     return Stack(up.to(dtype), down, gain)
+
+
+def _joined(parts: list[Tensor], dim: int, dtype: torch.dtype, device: torch.device, workspace: Workspace) -> Tensor:
+    """Concatenate as the files have them, then move and convert all at once."""
+    length, other = sum(part.shape[dim] for part in parts), parts[0].shape[1 - dim]
+    shape = (other, length) if dim else (length, other)
+    source = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    joined = torch.cat(parts, dim, out=workspace.take(f"file {dim}", shape, source, parts[0].device))
+    if (source, joined.device) == (dtype, device):
+        return joined
+    return workspace.take(f"stack {dim}", shape, dtype, device).copy_(joined, non_blocking=True)
 
 
 def _power_of_two(value: float) -> float:
@@ -101,8 +110,8 @@ def fuse_layer(base: Tensor, terms: Sequence[Term], out: Tensor, workspace: Work
         RuntimeError: torch's own, among them OutOfMemoryError.
     """
     workspace = workspace or Workspace()
-    low_rank = [term for term in terms if isinstance(term.adapter, LowRankAdapter)]
-    dense = [term for term in terms if not isinstance(term.adapter, LowRankAdapter)]
+    low_rank = [term for term in terms if is_low_rank(term.adapter)]
+    dense = [term for term in terms if not is_low_rank(term.adapter)]
     if not dense and has_native_gemm(out.dtype, out.device.type) and out.is_contiguous() and base.is_contiguous():
         up, down, gain = stack(low_rank, out.dtype, out.device, workspace)
         torch.addmm(base.flatten(1), up, down, alpha=gain, out=out.flatten(1))
@@ -112,7 +121,7 @@ def fuse_layer(base: Tensor, terms: Sequence[Term], out: Tensor, workspace: Work
         out.copy_(_sum(base, low_rank, dense, workspace))
 
 
-@cache
+@functools.cache
 def has_native_gemm(dtype: torch.dtype, device_type: str) -> bool:
     """Whether a GEMM in this dtype sums in float32 and is fast here.
 
@@ -154,7 +163,7 @@ def fuse_layer_a1111(base: Tensor, terms: Sequence[Term], out: Tensor) -> None:
     """
     out.copy_(base)
     for adapter, factor in terms:
-        if isinstance(adapter, LowRankAdapter):
+        if is_low_rank(adapter):
             up, down, scale = adapter.factors()
             up, down = up.to(out.device, out.dtype), down.to(out.device, out.dtype)
             delta = (up @ down).reshape(out.shape) * scale * factor

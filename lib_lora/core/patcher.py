@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from lib_lora.core import numerics
-from lib_lora.core.fingerprint import Change, compare, samples
+from lib_lora.core.fingerprint import Change, Sample, compare, samples
 from lib_lora.core.layers import LayerRef
 from lib_lora.errors import ForeignWriteError, FuseMemoryError, NonFiniteError
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from lib_lora.core.base_store import BaseStore
     from lib_lora.core.plan import Compat, FusePlan, LayerPatch, PatchKey
 
-    AppliedKey = tuple[Compat, PatchKey]
+    AppliedKey: TypeAlias = "tuple[Compat, PatchKey]"
 
 STATE_ATTRIBUTE = "_prefuse_state"
 OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
-DIRTY = ("exact", (("being written", "", 0.0),))
+DIRTY: AppliedKey = ("exact", (("being written",), (0.0,)))
 
 
 @dataclass
@@ -45,7 +45,7 @@ class PatchState:
     store: BaseStore
     layers: dict[str, LayerRef] = field(default_factory=dict[str, "LayerRef"])
     applied: dict[str, AppliedKey] = field(default_factory=dict[str, "AppliedKey"])
-    samples: dict[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    samples: dict[str, Sample] = field(default_factory=dict[str, Sample])
     peaks: dict[str, float] = field(default_factory=dict[str, float])
     plan_key: str = ""
     generation: int = 0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lib_lora.core.network import Network
 
 Compat = Literal["exact", "a1111"]
-PatchKey = tuple[tuple[str, str, float], ...]
+PatchKey = tuple[tuple[str, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,7 @@ class LayerPatch:
     @cached_property
     def key(self) -> PatchKey:
         """Everything that decides the result of this layer."""
-        pairs = zip(self.terms, self.networks, strict=True)
-        return tuple((network.uid, self.layer.key, term.factor) for term, network in pairs)
+        return tuple(network.uid for network in self.networks), tuple(term.factor for term in self.terms)
 
     def heaviest(self) -> Network:
         """The network that can add the largest number."""
@@ -157,39 +156,36 @@ class FusePlan:
             return ""
         digest = hashlib.sha256(self.compat.encode())
         for name in sorted(self.patches):
-            digest.update(repr(self.patches[name].key).encode())
+            digest.update(repr((name, self.patches[name].key)).encode())
         return digest.hexdigest()
 
 
 def make_plan(matches: Iterable[tuple[Match, Scale]], compat: Compat = "exact") -> FusePlan:
     """Collect the terms of every layer.
 
-    In ``exact`` the terms are sorted and the factors of one network are summed, so the order of the request and
+    In ``exact`` the networks are sorted and the factors of one network are summed, so the order of the request and
     repetitions in it do not change a bit of the result. In ``a1111`` the prompt's order stands.
     """
-    collected: dict[str, list[tuple[LayerRef, Network, Term]]] = {}
-    for match, scale in matches:
+    groups = [(match, [scale]) for match, scale in matches]
+    if compat == "exact":
+        groups = _by_network(groups)
+    collected: dict[str, tuple[LayerRef, list[Term], list[Network]]] = {}
+    for match, scales in groups:
         for layer, adapter in match.layers:
-            if (factor := scale.factor(layer)) and adapter.rank:
-                collected.setdefault(layer.key, []).append((layer, match.network, Term(adapter, factor)))
-    patches: dict[str, LayerPatch] = {}
-    for name, entries in collected.items():
-        merged = _summed(entries) if compat == "exact" else entries
-        if merged:
-            patches[name] = LayerPatch(
-                merged[0][0], tuple(term for _, _, term in merged), tuple(network for _, network, _ in merged)
-            )
+            factor = math.fsum(scale.factor(layer) for scale in scales)
+            if factor and adapter.rank:
+                _, terms, networks = collected.setdefault(layer.key, (layer, [], []))
+                terms.append(Term(adapter, factor))
+                networks.append(match.network)
+    patches = {
+        key: LayerPatch(layer, tuple(terms), tuple(networks)) for key, (layer, terms, networks) in collected.items()
+    }
     return FusePlan(patches, compat)
 
 
-def _summed(entries: list[tuple[LayerRef, Network, Term]]) -> list[tuple[LayerRef, Network, Term]]:
-    """One entry a network, sorted by its identity; factors that cancel leave nothing."""
-    groups: dict[str, list[tuple[LayerRef, Network, Term]]] = {}
-    for entry in entries:
-        groups.setdefault(entry[1].uid, []).append(entry)
-    summed: list[tuple[LayerRef, Network, Term]] = []
-    for _, group in sorted(groups.items()):
-        layer, network, first = group[0]
-        if factor := math.fsum(term.factor for _, _, term in group):
-            summed.append((layer, network, Term(first.adapter, factor)))
-    return summed
+def _by_network(groups: Iterable[tuple[Match, list[Scale]]]) -> list[tuple[Match, list[Scale]]]:
+    """One entry a network, with all its scales, sorted by its identity."""
+    merged: dict[str, tuple[Match, list[Scale]]] = {}
+    for match, scales in groups:
+        merged.setdefault(match.network.uid, (match, []))[1].extend(scales)
+    return [merged[uid] for uid in sorted(merged)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lib_lora.core.adapters import LowRankAdapter
+from lib_lora.core.adapters import is_low_rank
 from lib_lora.core.blocks import block_of
 from lib_lora.core.files import data_sha256, read_lora_file
 from lib_lora.core.keymap import KeyMap
@@ -159,7 +159,7 @@ def layer_facts(adapters: Mapping[str, WeightAdapter]) -> tuple[LayerFacts, ...]
 
 
 def _layer_facts(name: str, adapter: WeightAdapter) -> LayerFacts:
-    factors = adapter.factors() if isinstance(adapter, LowRankAdapter) else None
+    factors = adapter.factors() if is_low_rank(adapter) else None
     alpha = factors.scale * adapter.rank if factors else None
     norm = factors_norm(factors) if factors else None
     return LayerFacts(name, block_of_layer(name), adapter.algorithm, adapter.rank, alpha, norm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lib_lora.core.adapters import lora
-from lib_lora.core.adapters.base import Factors, LowRankAdapter, WeightAdapter
+from lib_lora.core.adapters.base import Factors, LowRankAdapter, WeightAdapter, is_low_rank
 from lib_lora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     Loader = Callable[[Mapping[str, Tensor], float | None], WeightAdapter | None]
 
-__all__ = ["Factors", "LowRankAdapter", "WeightAdapter", "load_adapter"]
+__all__ = ["Factors", "LowRankAdapter", "WeightAdapter", "is_low_rank", "load_adapter"]
 
 LOADERS: tuple[Loader, ...] = (lora.load,)
 

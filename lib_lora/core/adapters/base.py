@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+import functools
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TypeGuard
 
     from torch import Tensor
 
@@ -26,7 +28,6 @@ class Factors(NamedTuple):
     scale: float
 
 
-@runtime_checkable
 class WeightAdapter(Protocol):
     """The update of one layer's weight by one network, at strength 1."""
 
@@ -65,7 +66,6 @@ class WeightAdapter(Protocol):
         ...
 
 
-@runtime_checkable
 class LowRankAdapter(WeightAdapter, Protocol):
     """An adapter whose ΔW is a product of two small matrices, so that many can be stacked into one GEMM."""
 
@@ -76,3 +76,13 @@ class LowRankAdapter(WeightAdapter, Protocol):
     def sliced(self, rank: int) -> LowRankAdapter:
         """The first `rank` ranks alone, at the scale of the whole (DyLoRA, ``dyn=``)."""
         ...
+
+
+def is_low_rank(adapter: WeightAdapter) -> TypeGuard[LowRankAdapter]:
+    """Whether an adapter has factors; asked once for each class, because a switch asks some thousand times."""
+    return _has_factors(type(adapter))
+
+
+@functools.cache
+def _has_factors(kind: type) -> bool:
+    return callable(getattr(kind, "factors", None))
