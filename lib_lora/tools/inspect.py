@@ -125,14 +125,14 @@ def inspect_file(path: Path) -> Inspection:
         kind="checkpoint" if is_checkpoint else "LoRA" if any(parts) else "unknown",
         base_model=base_model.value if base_model else "",
         tensors=len(file.tensors),
-        dtypes=Counter(str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values()),
-        layouts=Counter(part.layout for part in parts if part),
+        dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values())),
+        layouts=dict(Counter(part.layout for part in parts if part)),
         layers=layer_facts(network.adapters) if network and not is_checkpoint else (),
         unused=network.unused if network and not is_checkpoint else (),
         not_finite=tuple(not_finite(file.tensors)),
         notes=network.notes if network else (),
         problem=None if is_checkpoint else problem,
-        metadata=file.metadata,
+        metadata=dict(file.metadata),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from lib_lora.core.pickles import convert_pickle
 from lib_lora.errors import ModelError, PickleRefusedError
 from lib_lora.hosts.standalone.checkpoints import load_single_file
-from lib_lora.hosts.standalone.libraries import diffusers_class, dtype_option
+from lib_lora.hosts.standalone.libraries import diffusers_class, dtype_option, hide_loading_bars
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,6 +100,7 @@ def load_pipeline(
         ModelError: If there is no such model, or it is not one that pictures can be made with.
         FileError: If a file can not be read.
     """
+    hide_loading_bars()
     place = _device(device)
     number = _dtype(dtype, place)
     path = _demo_folder() if str(model) == DEMO else Path(model)

@@ -26,7 +26,7 @@ _EVEN: Mapping[str, Any] = {"timestep_spacing": "linspace", "use_karras_sigmas":
 _KARRAS = {**_EVEN, "use_karras_sigmas": True}
 _ANCESTRAL = {"timestep_spacing": "linspace"}
 _LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
-_SDE = {"algorithm_type": "sde-dpmsolver++"}
+_SDE = {"algorithm_type": "sde-dpmsolver++", "lower_order_final": True}
 
 SAMPLERS: Mapping[str, Sampler] = {
     "Euler a": Sampler("EulerAncestralDiscreteScheduler", _ANCESTRAL),
