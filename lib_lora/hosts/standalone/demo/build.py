@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lib_lora.core.files import save_tensors
@@ -55,7 +56,7 @@ class Build:
 
     def vae(self) -> float:
         """Train the autoencoder; its last error."""
-        return train_vae(self.seed, self._save_vae)[1]
+        return train_vae(self.seed, self._save_vae, ROUNDS)[1]
 
     def unet(self) -> float:
         """Train UNet and text encoder; the last error of the noise."""
@@ -136,7 +137,7 @@ def save_half(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Readable JSON at `path`."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def main() -> None:

@@ -107,13 +107,13 @@ def _blend(below: NDArray[np.float64], above: NDArray[np.float64], mask: NDArray
 
 
 def _fill(points: list[tuple[float, float]]) -> NDArray[np.float64]:
-    mask = Image.new("L", (SIZE * _SUPERSAMPLE,) * 2)
+    mask = Image.new("L", (SIZE * _SUPERSAMPLE, SIZE * _SUPERSAMPLE))
     ImageDraw.Draw(mask).polygon([(x * _SUPERSAMPLE, y * _SUPERSAMPLE) for x, y in points], fill=255)
     return _shrink(mask)
 
 
 def _line(points: list[tuple[float, float]]) -> NDArray[np.float64]:
-    mask = Image.new("L", (SIZE * _SUPERSAMPLE,) * 2)
+    mask = Image.new("L", (SIZE * _SUPERSAMPLE, SIZE * _SUPERSAMPLE))
     path = [(x * _SUPERSAMPLE, y * _SUPERSAMPLE) for x, y in [*points, *points[:2]]]
     ImageDraw.Draw(mask).line(path, fill=255, width=round(_OUTLINE_WIDTH * _SUPERSAMPLE), joint="curve")
     return _shrink(mask)

@@ -24,9 +24,11 @@ def new_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     merges = build_merges(WORDS)
     vocabulary = [*_bytes(), *(b + _WORD_END for b in _bytes()), *("".join(pair) for pair in merges), START, END]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocabulary)}), encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({word: i for i, word in enumerate(vocabulary)}), encoding="utf-8", newline="\n"
+    )
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     settings = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": TOKENS,
@@ -37,9 +39,11 @@ def new_tokenizer(folder: Path) -> CLIPTokenizer:
         "do_lower_case": True,
         "errors": "replace",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8", newline="\n")
     special = {key: value for key, value in settings.items() if key.endswith("_token")}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps(special, indent=2) + "\n", encoding="utf-8", newline="\n"
+    )
     return CLIPTokenizer.from_pretrained(folder)
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Iterator, Mapping
 
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from torch.utils.hooks import RemovableHandle
     from transformers import CLIPTokenizer
 
 PICTURES = 4000
@@ -96,10 +97,11 @@ class LoraNetwork(nn.Module):
     def __init__(self, model: Denoiser, recipe: Recipe) -> None:
         super().__init__()
         self.strengths = torch.ones(1)
-        self.layers = nn.ModuleDict()
-        self._hooks = []
+        self.layers: dict[str, LoraLayer] = {}
+        self._hooks: list[RemovableHandle] = []
         for name, layer in target_layers(model, recipe):
             lora = self.layers[name] = LoraLayer(layer, recipe.rank_of(layer))
+            self.add_module(name, lora)
             self._hooks.append(layer.register_forward_hook(self._hook(lora)))
 
     def _hook(self, lora: LoraLayer) -> Callable[..., torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable
 
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 PICTURES = 10_000
@@ -34,7 +35,7 @@ class Denoiser(torch.nn.Module):
 
     def forward(self, noisy: torch.Tensor, times: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Predicted noise, (N, 4, 8, 8), for latents at `times` (N,) and token ids (N, 77)."""
-        return self.unet(noisy, times, self.text_encoder(tokens)[0]).sample
+        return self.unet(noisy, times, self.text_encoder(tokens)[0], return_dict=False)[0]
 
 
 class Dataset(NamedTuple):
@@ -107,5 +108,5 @@ def noise_loss(model: torch.nn.Module, latents: torch.Tensor, tokens: torch.Tens
     """Mean squared error of the noise at random times."""
     scheduler = new_scheduler()
     noise = torch.randn_like(latents)
-    times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),))
+    times: Any = torch.randint(scheduler.config["num_train_timesteps"], (len(latents),))
     return functional.mse_loss(model(scheduler.add_noise(latents, noise, times), times, tokens), noise)

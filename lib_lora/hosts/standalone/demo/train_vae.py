@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Iterable
 
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 PICTURES = 6000
 # Share of the loss that compares neighbouring pixels' differences: edges stay sharp.
@@ -42,7 +42,7 @@ def as_batch(scenes: Iterable[Scene]) -> torch.Tensor:
 
 
 def train_vae(
-    seed: int, saved: Callable[[AutoencoderKL], None], rounds: tuple[Round, ...] = ROUNDS
+    seed: int, saved: Callable[[AutoencoderKL], None], rounds: tuple[Round, ...]
 ) -> tuple[AutoencoderKL, float]:
     """The trained autoencoder with its scaling factor set, and its last mean L1 error (pixels in -1..1).
 
@@ -75,8 +75,8 @@ def varied_scene(rng: random.Random) -> Scene:
 
 def vae_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tensor, float]:
     """L1 and square of the pixels' error, L1 of the edges', a small pull to a unit normal; and the first alone."""
-    latents = vae.encode(pictures).latent_dist
-    error = vae.decode(latents.sample()).sample - pictures
+    latents: Any = vae.encode(pictures, return_dict=False)[0]
+    error: torch.Tensor = vae.decode(latents.sample(), return_dict=False)[0] - pictures
     l1 = error.abs().mean()
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     kl = latents.kl().mean() / latents.mean[0].numel()
@@ -86,11 +86,11 @@ def vae_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tensor, 
 @torch.no_grad()
 def latent_scale(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
     """Factor that gives the latents a standard deviation of 1."""
-    return 1 / vae.encode(pictures).latent_dist.mean.std().item()
+    return 1 / vae.encode(pictures, return_dict=False)[0].mean.std().item()
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 100) -> torch.Tensor:
     """Scaled latents, (N, 4, 8, 8)."""
-    parts = [vae.encode(part).latent_dist.mean for part in pictures.split(batch)]
-    return torch.cat(parts) * vae.config.scaling_factor
+    parts = [vae.encode(part, return_dict=False)[0].mean for part in pictures.split(batch)]
+    return torch.cat(parts) * vae.config["scaling_factor"]

@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
@@ -35,10 +35,13 @@ class Average:
         self.value = value if math.isnan(self.value) else self._decay * self.value + (1 - self._decay) * value
 
 
-class Ema:
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+class Ema(Generic[Module]):
     """Moving average of a module's weights; `module` is the averaged copy."""
 
-    def __init__(self, module: torch.nn.Module, decay: float = 0.998) -> None:
+    def __init__(self, module: Module, decay: float = 0.998) -> None:
         self.module = copy.deepcopy(module).requires_grad_(False)
         self._decay = decay
         self._updates = 0
@@ -48,7 +51,8 @@ class Ema:
         """Take the current weights in; early updates weigh more."""
         self._updates += 1
         decay = min(self._decay, self._updates / (self._updates + 10))
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
+        for mean, now in zip(self.module.parameters(), module.parameters(), strict=True):
+            mean.lerp_(now, 1 - decay)
 
 
 def cosine_steps(optimizer: torch.optim.Optimizer, steps: int, name: str, loss: Average) -> Iterator[int]:
