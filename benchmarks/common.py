@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -22,7 +22,7 @@ from lib_lora import LoraSession
 from lib_lora.catalog import LoraCatalog
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
 
@@ -223,12 +223,19 @@ class Ours:
 
     def __init__(self, unet: nn.Module, folder: Path, **options: Any) -> None:
         self.session = LoraSession({"unet": unet}, LoraCatalog([folder]), **options)
+        self._tuning = ExitStack()
 
     def switch(self, loras: LoraSet) -> None:
         """Set, and refuse to time a set that is not whole."""
+        self._tuning.close()
         report = self.session.set(list(loras))
         if report.refused or len(report.applied) != len(loras):
             raise RuntimeError(f"not applied: {report}")
+
+    def tuner(self, loras: LoraSet, name: str) -> Callable[[float], None]:
+        """Set, and prepare to change one strength again and again, until the next `switch`."""
+        self.switch(loras)
+        return self._tuning.enter_context(self.session.tuning(name))
 
     def clear(self) -> None:
         """Base weights back."""
@@ -236,6 +243,7 @@ class Ours:
 
     def unload(self) -> None:
         """Base weights back, memory free."""
+        self._tuning.close()
         self.session.unload()
 
 

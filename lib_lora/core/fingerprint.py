@@ -20,7 +20,7 @@ class Sample(NamedTuple):
     """Some elements of a weight: their dtype and their bytes."""
 
     dtype: torch.dtype
-    data: bytes
+    content: bytes
 
 
 class Change(Enum):
@@ -49,9 +49,9 @@ def samples(weights: Sequence[Tensor]) -> list[Sample]:
 def compare(before: Sample, now: Sample) -> Change:
     """Bit for bit, so NaN equals itself; a converted dtype is told from other numbers."""
     if before.dtype == now.dtype:
-        return Change.NONE if before.data == now.data else Change.REPLACED
-    converted = torch.frombuffer(bytearray(before.data), dtype=before.dtype).to(now.dtype)
-    same = converted.view(torch.uint8).numpy().tobytes() == now.data
+        return Change.NONE if before.content == now.content else Change.REPLACED
+    converted = torch.frombuffer(bytearray(before.content), dtype=before.dtype).to(now.dtype)
+    same = converted.view(torch.uint8).numpy().tobytes() == now.content
     return Change.CONVERTED if same else Change.REPLACED
 
 
