@@ -123,14 +123,18 @@ def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def _load(arguments: argparse.Namespace) -> tuple[LoadedModel, LoraSession]:
     """The model, and a session that looks into the LoRA folders."""
+    import torch
+
     from lib_lora.hosts.standalone.demo import LORA_DIR
-    from lib_lora.hosts.standalone.loading import DEMO, load_pipeline
+    from lib_lora.hosts.standalone.loading import DEMO, DEMO_THREADS, load_pipeline
     from lib_lora.session import LoraSession
 
     folders = arguments.lora_dir or [LORAS, *([LORA_DIR] if arguments.model == DEMO else [])]
     missing = [folder for folder in arguments.lora_dir or () if not folder.is_dir()]
     if missing:
         raise ModelError(f"There is no LoRA folder {missing[0]}.")
+    if arguments.model == DEMO:
+        torch.set_num_threads(DEMO_THREADS)
     options = {"tokenizer": arguments.tokenizer, "prediction": arguments.prediction}
     loaded = load_pipeline(arguments.model, arguments.device, arguments.dtype, **options)
     found = [folder for folder in folders if folder.is_dir()]

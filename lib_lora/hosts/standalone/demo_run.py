@@ -16,7 +16,7 @@ from lib_lora.hosts.standalone.demo import LORA_DIR
 from lib_lora.hosts.standalone.generate import GenerateRequest, generate
 from lib_lora.hosts.standalone.grid import draw_grid
 from lib_lora.hosts.standalone.infotext import png_bytes
-from lib_lora.hosts.standalone.loading import DEMO, load_pipeline
+from lib_lora.hosts.standalone.loading import DEMO, DEMO_THREADS, load_pipeline
 from lib_lora.hosts.standalone.timings import similar_loras, step_times, switch_times
 from lib_lora.session import LoraSession
 
@@ -50,9 +50,10 @@ class Column:
 
 
 SCENES = (
-    Scene("a red circle on a blue background", 1),
-    Scene("a yellow square on a green background", 2),
-    Scene("a white triangle on a black background", 3),
+    Scene("a red circle on a blue background", 2),
+    Scene("a yellow star on a purple background", 8),
+    Scene("a green square on an orange background", 2),
+    Scene("a pink heart on a white background", 2),
 )
 BOTH = "<lora:stripes:1> <lora:outline:1>"
 COLUMNS = (
@@ -80,6 +81,7 @@ def run_demo(out: Path, say: Say) -> None:
         out: A PNG file, replaced if it exists.
         say: Takes each line or table when it is ready.
     """
+    torch.set_num_threads(DEMO_THREADS)
     loaded = load_pipeline(DEMO, device="cpu")
     pristine = [tensor.clone() for tensor in _weights(loaded)]
     with tempfile.TemporaryDirectory() as scratch:
@@ -124,7 +126,7 @@ def _step_table(loaded: LoadedModel, session: LoraSession, names: Sequence[str])
     by_case = {(time.mode, time.loras): time for time in times}
     lines = [
         f"Time of a step (UNet, batch 2), median of {STEP_ROUNDS} rounds, and relative to no LoRA",
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        f"{platform.machine()}, {torch.get_num_threads()} CPU thread(s), torch {torch.__version__}",
         "LoRAs     prefuse               hook",
     ]
     for count in LORA_COUNTS:

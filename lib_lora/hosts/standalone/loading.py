@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lib_lora.hosts.standalone.checkpoints import Prediction
 
 DEMO = "demo"
+# Of so small a model more threads do not draw faster, and beside other programs they wait for each other.
+DEMO_THREADS = 1
 CONVERT_SECONDS = 1800.0
 PATCHED_PARTS = ("unet", "text_encoder", "text_encoder_2")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

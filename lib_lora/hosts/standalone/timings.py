@@ -56,7 +56,7 @@ def similar_loras(pattern: Path, folder: Path, count: int) -> list[str]:
     for seed, name in enumerate(names):
         generator = torch.Generator().manual_seed(seed)
         tensors = {key: _small(tensor, generator) for key, tensor in file.tensors.items()}
-        save_tensors(folder / f"{name}.safetensors", tensors, file.metadata)
+        save_tensors(folder / f"{name}.safetensors", tensors)
     return names
 
 
