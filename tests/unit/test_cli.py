@@ -207,7 +207,7 @@ def test_convert_pickle_refuses_code_and_existing_files(tmp_path, capsys):
 def test_doctor_names_versions_devices_and_what_to_do(capsys):
     assert main(["doctor", "--json"]) == 0
     found = {finding["topic"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
-    assert found["torch"]["value"] == torch.__version__
+    assert torch.__version__.startswith(found["torch"]["value"])
     assert "speed of fp32" in found["CPU bf16"]["value"]
     assert {"device cpu", "diffusers", "CLIP vocabulary", "compile backends", "torch_tensorrt"} <= found.keys()
 
