@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.synthetic import MODELS
+from benchmarks.synthetic import KINDS, MODELS
 from lib_lora import LoraSession
 from lib_lora.catalog import LoraCatalog
 
@@ -40,6 +40,7 @@ class Options:
     Attributes:
         device: Where the model lives.
         dtypes: Names in `DTYPES`; each gets its own results.
+        kinds: Names in `synthetic.KINDS`.
         model: Name in `synthetic.MODELS`.
         repeats: Factor on the suite's own numbers of rounds.
         out: Folder of the results, or None to print only.
@@ -49,6 +50,7 @@ class Options:
 
     device: torch.device
     dtypes: tuple[str, ...]
+    kinds: tuple[str, ...]
     model: str
     repeats: float
     out: Path | None
@@ -173,6 +175,7 @@ def parse_options(
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--dtype", default=",".join(dtypes), help=f"one or more of {', '.join(DTYPES)}, with commas")
     parser.add_argument("--model", default=model, choices=MODELS, help=f"shape of the model (default {model})")
+    parser.add_argument("--kind", choices=KINDS, help="only this kind of LoRA; it becomes part of the results' name")
     parser.add_argument("--tiny", action="store_true", help="a check that it runs: small model, nothing is written")
     parser.add_argument("--repeats", type=float, default=1.0, help="factor on the number of rounds (default 1)")
     parser.add_argument("--threads", type=int, help="CPU threads (default torch's)")
@@ -186,8 +189,9 @@ def parse_options(
     out = given.out or (None if given.tiny else RESULTS)
     command = " ".join([parser.prog, *(argv if argv is not None else sys.argv[1:])])
     shape = "small" if given.tiny else given.model
-    stem = suite if shape == model else f"{suite}-{shape}"
-    return Options(torch.device(given.device), names, shape, given.repeats, out, stem, command)
+    stem = "-".join(filter(None, (suite, shape if shape != model else "", (given.kind or "").lower())))
+    kinds = (given.kind,) if given.kind else KINDS
+    return Options(torch.device(given.device), names, kinds, shape, given.repeats, out, stem, command)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

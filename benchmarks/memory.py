@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             loras = _write_files(options, dtype, folder)
             rows: list[tuple[str, ...]] = []
             claims: list[Claim] = []
-            for kind in synthetic.KINDS:
+            for kind in options.kinds:
                 for store in STORES:
                     usage = _in_own_process(options, dtype, folder, kind, store, loras[kind])
                     rows.append((kind, store, *_cells(usage)))

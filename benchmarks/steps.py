@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for dtype in options.dtypes:
         report = Report("steps", options, dtype)
         unet = synthetic.make_unet(options.model, DTYPES[dtype], options.device)
-        for kind in synthetic.KINDS:
+        for kind in options.kinds:
             with lora_folder() as folder:
                 bench = Bench(options, dtype, kind, folder, unet, synthetic.write_loras(folder, unet, kind, RANKS))
                 prefused_output = measure_prefused(bench, report)

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for dtype in options.dtypes:
         report = Report("switch", options, dtype)
         unet = synthetic.make_unet(options.model, DTYPES[dtype], options.device)
-        for kind in synthetic.KINDS:
+        for kind in options.kinds:
             with lora_folder() as folder:
                 ranks = (synthetic.RANK,) * SET_SIZE
                 sets = tuple(synthetic.write_loras(folder, unet, kind, ranks, prefix) for prefix in "ab")

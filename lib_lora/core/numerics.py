@@ -83,14 +83,17 @@ def stack(terms: Sequence[Term], dtype: torch.dtype, device: torch.device, works
 
 
 def _joined(parts: list[Tensor], dim: int, dtype: torch.dtype, device: torch.device, workspace: Workspace) -> Tensor:
-    """Concatenate as the files have them, then move and convert all at once."""
+    """Concatenate in reused memory, converted on the way."""
     length, other = sum(part.shape[dim] for part in parts), parts[0].shape[1 - dim]
     shape = (other, length) if dim else (length, other)
-    source = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-    joined = torch.cat(parts, dim, out=workspace.take(f"file {dim}", shape, source, parts[0].device))
-    if (source, joined.device) == (dtype, device):
-        return joined
-    return workspace.take(f"stack {dim}", shape, dtype, device).copy_(joined, non_blocking=True)
+    joined = workspace.take(f"stack {dim}", shape, dtype, device)
+    if all((part.dtype, part.device) == (dtype, device) for part in parts):
+        return torch.cat(parts, dim, out=joined)
+    start = 0
+    for part in parts:
+        joined.narrow(dim, start, part.shape[dim]).copy_(part, non_blocking=True)
+        start += part.shape[dim]
+    return joined
 
 
 def _power_of_two(value: float) -> float:
