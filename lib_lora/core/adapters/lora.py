@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -68,8 +68,7 @@ class LoraAdapter:
 
     @cached_property
     def _bound(self) -> float:
-        norms = [factor.norm(dtype=torch.float32).item() for factor in (self.up, self.down)]
-        return abs(self.scale) * math.prod(norms)
+        return abs(self.scale) * _norm(self.up) * _norm(self.down)
 
     def factors(self) -> Factors:
         """(out, rank) and (rank, in·kh·kw), views in the file's dtype."""
@@ -84,6 +83,12 @@ class LoraAdapter:
         up, down, scale = self.factors()
         up = up.to(base.device, torch.float32) * scale
         return (up @ down.to(base.device, torch.float32)).reshape(base.shape)
+
+
+def _norm(factor: Tensor) -> float:
+    """Frobenius norm, summed in float32."""
+    linalg: Any = torch.linalg  # has no types
+    return linalg.vector_norm(factor, dtype=torch.float32).item()
 
 
 def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> LoraAdapter | None:
