@@ -46,6 +46,7 @@ class Options:
         out: Folder of the results, or None to print only.
         stem: First part of the results' file names.
         command: What was typed.
+        alone: Whether peers are left out.
     """
 
     device: torch.device
@@ -56,6 +57,7 @@ class Options:
     out: Path | None
     stem: str
     command: str
+    alone: bool = False
 
     def rounds(self, count: int) -> int:
         """`count` rounds, or what was asked for instead."""
@@ -176,6 +178,7 @@ def parse_options(
     parser.add_argument("--dtype", default=",".join(dtypes), help=f"one or more of {', '.join(DTYPES)}, with commas")
     parser.add_argument("--model", default=model, choices=MODELS, help=f"shape of the model (default {model})")
     parser.add_argument("--kind", choices=KINDS, help="only this kind of LoRA; it becomes part of the results' name")
+    parser.add_argument("--alone", action="store_true", help="without the peers, where a suite has some")
     parser.add_argument("--tiny", action="store_true", help="a check that it runs: small model, nothing is written")
     parser.add_argument("--repeats", type=float, default=1.0, help="factor on the number of rounds (default 1)")
     parser.add_argument("--threads", type=int, help="CPU threads (default torch's)")
@@ -191,7 +194,7 @@ def parse_options(
     shape = "small" if given.tiny else given.model
     stem = "-".join(filter(None, (suite, shape if shape != model else "", (given.kind or "").lower())))
     kinds = (given.kind,) if given.kind else KINDS
-    return Options(torch.device(given.device), names, kinds, shape, given.repeats, out, stem, command)
+    return Options(torch.device(given.device), names, kinds, shape, given.repeats, out, stem, command, given.alone)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sets = tuple(synthetic.write_loras(folder, unet, kind, ranks, prefix) for prefix in "ab")
                 bench = Bench(options, dtype, kind, folder, unet, sets, Stopwatch(options.device))
                 measure_ourselves(bench, report)
-                measure_peers(bench, report)
+                if not options.alone:
+                    measure_peers(bench, report)
         report.save()
     return 0
 
