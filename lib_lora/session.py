@@ -14,6 +14,7 @@ from lib_lora.core.base_store import choose_store
 from lib_lora.core.checkpoint import layer_tensors
 from lib_lora.core.hooks import HookedLayers, is_hookable
 from lib_lora.core.keymap import KeyMap
+from lib_lora.core.memory import return_memory
 from lib_lora.core.patcher import ModelPatcher
 from lib_lora.core.plan import FusePlan, Scale, make_plan
 from lib_lora.errors import ForeignWriteError, ModelError, NonFiniteError, TagError, UnknownLoraError
@@ -241,6 +242,8 @@ class LoraSession:
             report = self.clear()
             self._patcher.release()
             self._resolver.clear()
+            self._loras = []
+            return_memory()
             return report
 
     def _set(self, parsed: ParsedPrompt) -> SessionReport:
