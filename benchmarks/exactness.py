@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with lora_folder() as folder:
             names = write_files(folder, unet)
             measure_ourselves(options, report, unet, folder, names)
-            measure_drift(options, report, unet, folder, names)
+            if not options.alone:
+                measure_drift(options, report, unet, folder, names)
         report.save()
     return 0
 

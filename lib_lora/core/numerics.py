@@ -86,6 +86,11 @@ def _joined(parts: list[Tensor], dim: int, dtype: torch.dtype, device: torch.dev
     """Concatenate in reused memory, converted on the way."""
     length, other = sum(part.shape[dim] for part in parts), parts[0].shape[1 - dim]
     shape = (other, length) if dim else (length, other)
+    other_half = {torch.float16: torch.bfloat16, torch.bfloat16: torch.float16}.get(dtype)
+    if device.type == "cpu" and any(part.dtype == other_half for part in parts):
+        # torch converts between the two one number at a time; by way of float32 it is five times faster
+        wide = _joined(parts, dim, torch.float32, device, workspace)
+        return workspace.take(f"narrow {dim}", shape, dtype, device).copy_(wide)
     joined = workspace.take(f"stack {dim}", shape, dtype, device)
     if all((part.dtype, part.device) == (dtype, device) for part in parts):
         return torch.cat(parts, dim, out=joined)

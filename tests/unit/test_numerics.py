@@ -63,6 +63,19 @@ def test_a_reused_workspace_changes_nothing():
         assert torch.equal(ours, fresh)
 
 
+@pytest.mark.parametrize("dtype", ULP)
+def test_files_of_different_types_are_summed_as_their_numbers_are(dtype):
+    base = torch.randn(48, 32, generator=torch.Generator().manual_seed(5)).to(dtype)
+    kinds = (torch.float16, torch.bfloat16, torch.float32)
+    parts = [terms(3, (48, 32), dtype=kind)[number] for number, kind in enumerate(kinds)]
+    out = torch.empty_like(base)
+    fuse_layer(base, parts, out)
+    reference = exact(base, parts)
+    unit = reference.abs().clamp_min(0.05) * ULP[dtype]
+    limit = ROUNDINGS[dtype] if dtype != torch.bfloat16 else 1.5
+    assert ((out.double() - reference).abs() / unit).max() <= limit
+
+
 def test_channels_last_weights_are_fused_as_they_lie():
     base = torch.randn(24, 16, 3, 3)
     plain, moved = torch.empty_like(base), base.to(memory_format=torch.channels_last)
