@@ -88,8 +88,8 @@ class LoraSession:
         if not len(self.keymap):
             raise ModelError(f"no layers for LoRAs in {', '.join(components) or 'an empty model'}")
         files = [checkpoint] if isinstance(checkpoint, Path) else list(checkpoint or ())
-        mapped = layer_tensors(self.keymap, files) if files and store in ("auto", "checkpoint") else None
-        weights = [layer.live() for layer in self.keymap]
+        mapped = layer_tensors(self.keymap.parameters, files) if files and store in ("auto", "checkpoint") else None
+        weights = [layer.live() for layer in self.keymap.parameters]
         self._patcher = ModelPatcher(components, choose_store(store, weights, mapped))
         self._hooks = HookedLayers()
         self._components = dict(components)
@@ -314,7 +314,7 @@ class LoraSession:
         self._report = SessionReport(mode=self._mode)
         self._hooks.clear()
         self._patcher.restore()
-        self._tell(list(self.keymap))
+        self._tell(self.keymap.parameters)
 
     def _tell(self, layers: Sequence[LayerRef]) -> None:
         if layers and self._on_weights_changed is not None:

@@ -42,7 +42,7 @@ def _layers_in(file: Path) -> Iterator[tuple[LayerRef, Tensor]]:
     shapes = {name: info.shape for name, info in tensors.header.tensors.items()}
     component = _FOLDERS.get(file.parent.name)
     keymap = KeyMap.from_components({component: shapes}) if component else KeyMap.from_checkpoint(shapes)
-    for layer in keymap:
+    for layer in keymap.parameters:
         yield layer, _rows(tensors, layer)
 
 

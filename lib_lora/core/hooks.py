@@ -18,6 +18,7 @@ from torch.nn import functional
 from lib_lora.core import numerics
 from lib_lora.core.adapters import is_low_rank
 from lib_lora.core.patcher import ApplyReport
+from lib_lora.core.workspace import Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +116,7 @@ def _nbytes(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def make_path(patch: LayerPatch, workspace: numerics.Workspace) -> Path:
+def make_path(patch: LayerPatch, workspace: Workspace) -> Path:
     """Stack the factors of a layer, in the dtype and on the device of its weight.
 
     The dense ΔW is taken where the layer has adapters without factors, or where it is the smaller computation.
@@ -158,7 +159,7 @@ class HookedLayers:
 
     def __init__(self) -> None:
         self._hooks: dict[str, _Hook] = {}
-        self._workspace = numerics.Workspace()
+        self._workspace = Workspace()
         self.applied_key = ""
 
     @property
@@ -191,7 +192,7 @@ class HookedLayers:
         start = time.perf_counter()
         removed = tuple(self._remove(key) for key in list(self._hooks))
         self.applied_key = ""
-        self._workspace = numerics.Workspace()
+        self._workspace = Workspace()
         return ApplyReport((), removed, (time.perf_counter() - start) * 1e3)
 
     def _key(self, layer_key: str) -> PatchKey | None:

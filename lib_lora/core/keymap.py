@@ -9,7 +9,7 @@ from torch import nn
 from lib_lora.core.blocks import block_of
 from lib_lora.core.layers import LayerRef
 from lib_lora.core.models import BaseModel
-from lib_lora.core.naming import WRAPPERS, layer_name
+from lib_lora.core.naming import BIAS, WRAPPERS, layer_name
 from lib_lora.core.places import places_of
 
 if TYPE_CHECKING:
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from lib_lora.core.places import Place
 
-_ATTRIBUTES = ("weight", "in_proj_weight")
+_WEIGHTS = ("weight", "in_proj_weight")
+_BIASES = ("bias", "in_proj_bias")
 _SINGLE_FILE_PREFIXES = (
     ("model.diffusion_model.", "unet"),
     ("cond_stage_model.", "te1"),  # SD1, SD2
@@ -28,7 +29,7 @@ _SINGLE_FILE_PREFIXES = (
 
 
 class _Weight(NamedTuple):
-    """One weight of a component; `name` is its full name there or in the checkpoint."""
+    """One weight or bias of a component; `name` is its full name there or in the checkpoint."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,8 +39,8 @@ class _Weight(NamedTuple):
 class KeyMap:
     """The layers of a model, found by any of their names.
 
-    Iterating gives every layer once, in the model's order: Linear, Conv2d, the parts of a MultiheadAttention,
-    norms and embeddings.
+    Iterating gives every weight once, in the model's order: of Linear, Conv2d, the parts of a MultiheadAttention,
+    norms and embeddings. Their biases are places of their own, behind them (`parameters`).
 
     Attributes:
         components: Names of the components that have layers: ``unet``, ``te1``, ``te2``, ``transformer``.
@@ -48,6 +49,7 @@ class KeyMap:
 
     def __init__(self, weights: Mapping[str, Sequence[_Weight]]) -> None:
         self._layers: dict[str, LayerRef] = {}
+        self._biases: dict[str, LayerRef] = {}
         self._spellings: dict[str, LayerRef] = {}
         for component, entries in weights.items():
             self._add(component, entries)
@@ -97,6 +99,11 @@ class KeyMap:
         """The layer of a name as `naming.split_key` gives it, or None if the model has none."""
         return self._spellings.get(layer)
 
+    @property
+    def parameters(self) -> Sequence[LayerRef]:
+        """All weights, then all biases."""
+        return [*self._layers.values(), *self._biases.values()]
+
     def __iter__(self) -> Iterator[LayerRef]:
         return iter(self._layers.values())
 
@@ -104,30 +111,39 @@ class KeyMap:
         return len(self._layers)
 
     def _add(self, component: str, entries: Iterable[_Weight]) -> None:
-        weights = {path: weight for weight in entries if (path := _path(weight.name))}
+        entries = list(entries)
+        weights = {path: weight for weight in entries if (path := _path(weight.name, _WEIGHTS))}
+        biases = {path: weight for weight in entries if (path := _path(weight.name, _BIASES))}
         for place in places_of(component, list(weights)):
             layer = _layer(component, place, weights[place.source])
-            if self._layers.setdefault(layer.key, layer) is layer:
-                for spelling in place.spellings:
-                    self._spellings.setdefault(layer_name(component, spelling), layer)
+            if self._layers.setdefault(layer.key, layer) is not layer:
+                continue
+            bias = _layer(component, place, biases[place.source], BIAS) if place.source in biases else None
+            if bias is not None:
+                self._biases[bias.key] = bias
+            for spelling in place.spellings:
+                name = layer_name(component, spelling)
+                self._spellings.setdefault(name, layer)
+                if bias is not None:
+                    self._spellings.setdefault(name + BIAS, bias)
 
 
-def _path(name: str) -> str:
-    """Path of the layer that a weight belongs to, without wrappers, or nothing for biases, buffers and LoRA layers."""
+def _path(name: str, attributes: Sequence[str]) -> str:
+    """Path of the layer that a parameter belongs to, without wrappers, or nothing for others and for LoRA layers."""
     *parts, attribute = name.split(".")
-    if attribute not in _ATTRIBUTES or any(part.startswith("lora_") for part in parts):
+    if attribute not in attributes or any(part.startswith("lora_") for part in parts):
         return ""
     kept = [part for part in parts if part not in WRAPPERS]
-    return ".".join([*kept, "in_proj"] if attribute == "in_proj_weight" else kept)
+    return ".".join([*kept, "in_proj"] if attribute.startswith("in_proj") else kept)
 
 
-def _layer(component: str, place: Place, weight: _Weight) -> LayerRef:
+def _layer(component: str, place: Place, weight: _Weight, tail: str = "") -> LayerRef:
     rows, shape = None, weight.shape
     if place.third is not None:
         height = shape[0] // 3
         rows, shape = (place.third * height, (place.third + 1) * height), (height, *shape[1:])
     return LayerRef(
-        key=f"{component}.{place.path}",
+        key=f"{component}.{place.path}{tail}",
         component=component,
         block=block_of(component, place.ldm),
         shape=shape,
@@ -142,9 +158,10 @@ def _live_weights(root: nn.Module) -> Iterator[_Weight]:
     modules = cast("Iterable[tuple[str, nn.Module]]", root.named_modules())
     for path, module in modules:
         tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-        for attribute in _ATTRIBUTES:
+        for attribute in (*_WEIGHTS, *_BIASES):
             if attribute in tensors:
                 # A quantised Linear's weight is packed; its features are the layer's shape.
-                linear = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
+                is_linear = isinstance(module, nn.Linear) and attribute == "weight"
+                linear = (module.out_features, module.in_features) if is_linear else None
                 shape = linear or tuple(tensors[attribute].shape)
                 yield _Weight(f"{path}.{attribute}" if path else attribute, shape, module)

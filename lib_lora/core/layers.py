@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class LayerRef:
-    """One layer's weight, or the row slice of a fused weight that is one layer to a LoRA.
+    """One layer's weight or bias, or the row slice of a fused one that is one layer to a LoRA.
 
     Two references are equal only if they are the same object; a KeyMap holds one for each layer.
 
@@ -21,11 +21,12 @@ class LayerRef:
         component: ``unet``, ``te1`` or ``te2``.
         block: Block weight name: ``BASE``, ``IN00`` to ``IN11``, ``M00``, ``OUT00`` to ``OUT11``, or ``""``
             for layers outside of all blocks (time embedding, label embedding, output head).
-        shape: Shape of the layer's weight, after the row slice: (out, in) or (out, in, kh, kw).
+        shape: After the row slice: (out, in), (out, in, kh, kw), or (out,) of a bias or a norm.
         parameter: Name of the weight in its component (live) or its key (checkpoint).
         rows: First and last + 1 row in a fused weight, or None for the whole weight.
         module: The module that owns the parameter, or None in a checkpoint.
-        attribute: Name of the parameter on `module`: ``weight``, or ``in_proj_weight`` of a MultiheadAttention.
+        attribute: Name of the parameter on `module`: ``weight`` or ``bias``, or a MultiheadAttention's
+            ``in_proj_weight`` or ``in_proj_bias``.
     """
 
     key: str

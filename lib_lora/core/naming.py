@@ -14,9 +14,10 @@ class KeyParts(NamedTuple):
     """What one key of a LoRA file says.
 
     Attributes:
-        layer: Layer name, ``component:path``.
+        layer: Layer name, ``component:path``, with ``.bias`` behind it for what changes the layer's bias.
         role: Which tensor of the adapter, in kohya's terms (``lora_up``, ``lora_down``, ``lora_mid``, ``alpha``,
-            ``dora_scale``, ``scale``), or another family's own suffix such as ``hada_w1_a``.
+            ``dora_scale``, ``scale``), or another family's own suffix such as ``hada_w1_a``; PEFT's
+            ``lora_magnitude_vector`` and ``lora_bias`` keep their names, for they are shaped and scaled otherwise.
         layout: Whose way of writing layer names it is; within a layer a file keeps to one.
     """
 
@@ -41,6 +42,7 @@ _PREFIXES = (
     _Prefix("lora_te3_", "te3", "kohya"),
     _Prefix("lora_te_", "te1", "kohya"),
     _Prefix("lora_transformer_", "transformer", "kohya"),
+    _Prefix("oft_unet_", "unet", "kohya"),
     _Prefix("lycoris_unet_", "unet", "lycoris"),
     _Prefix("lycoris_text_model_", "te1", "lycoris"),
     _Prefix("lycoris_", "unet", "lycoris"),
@@ -70,8 +72,9 @@ _KOHYA_ROLES = {
     "lora_mid.weight": "lora_mid",
     "lora_B.weight": "lora_up",  # PEFT
     "lora_A.weight": "lora_down",
-    "lora_magnitude_vector.weight": "dora_scale",
-    "lora_magnitude_vector": "dora_scale",
+    "lora_B.bias": "lora_bias",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+    "lora_magnitude_vector": "lora_magnitude_vector",
     "lora.up.weight": "lora_up",  # diffusers
     "lora.down.weight": "lora_down",
     "lora_linear_layer.up.weight": "lora_up",
@@ -80,14 +83,19 @@ _KOHYA_ROLES = {
 
 _OWN_ROLES = (
     ("alpha", "dora_scale", "scale"),
-    ("lora_up.bias", "lora_B.bias", "lora_bias", "lora_embedding_A", "lora_embedding_B"),
+    ("lora_embedding_A", "lora_embedding_B"),
     ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2"),
-    ("oft_blocks", "oft_diag", "oft_R.weight", "rescale", "constraint"),
+    ("oft_blocks", "oft_diag", "rescale", "constraint", "oft_R.weight", "boft_R", "boft_s"),
     ("diff", "diff_b", "set_weight", "reshape_weight", "bias_indices", "bias_values", "bias_size"),
-    ("w_norm", "b_norm", "on_input"),
+    ("w_norm", "b_norm", "on_input", "ia3_l"),
     ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
 )
+
+BIAS = ".bias"
+_BIAS_ROLES = ("diff_b", "b_norm", "lora_bias")
+
+_EMBEDDING = "bundle_emb."
 
 _IA3 = "weight"
 """IA3's vector; only behind flat names, because a dotted ``.weight`` is a model's own."""
@@ -121,7 +129,19 @@ def split_key(key: str) -> KeyParts | None:
     path, role = _split_role(key if prefix.kept else key[len(prefix.text) :])
     if not path or not role or (role == _IA3 and prefix.layout not in ("kohya", "lycoris")):
         return None
-    return KeyParts(layer_name(prefix.component, path), role, layout or prefix.layout)
+    layer = layer_name(prefix.component, path) + (BIAS if role in _BIAS_ROLES else "")
+    return KeyParts(layer, role, layout or prefix.layout)
+
+
+def split_embedding(key: str) -> tuple[str, str] | None:
+    """Name of an embedding that is bundled with a LoRA, and of its tensor, or None if the key is none's.
+
+    Source: the WebUI's ``bundle_emb.NAME.string_to_param.*``, and kohya's ``bundle_emb.NAME.clip_l``.
+    """
+    if not key.startswith(_EMBEDDING):
+        return None
+    name, _, tensor = key[len(_EMBEDDING) :].partition(".")
+    return (name, tensor) if name and tensor else None
 
 
 def layer_name(component: str, path: str) -> str:

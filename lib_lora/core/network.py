@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from lib_lora.core.adapters import WeightAdapter, is_low_rank, load_adapter
+from lib_lora.core.adapters.full import FullAdapter
 from lib_lora.core.files import read_lora_file
 from lib_lora.core.models import BaseModel
-from lib_lora.core.naming import split_key
+from lib_lora.core.naming import BIAS, split_embedding, split_key
 from lib_lora.errors import AdapterError, NamingError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ class Network:
         identity: Which bytes these are; part of every plan key.
         metadata: The file's header metadata.
         base_model: The family it was made for, read from its layers, else from its metadata.
-        adapters: Layer name (see `naming`) → adapter.
+        adapters: Layer name (see `naming`) → adapter; a bias has a name of its own.
         unused: Keys that are no LoRA tensors.
+        embeddings: Name → tensors of a textual inversion that comes with the LoRA; kept for the host.
         notes: Sentences for the user about what was tolerated.
         dyn: How many ranks of each layer are used, or None for all.
     """
@@ -48,6 +50,7 @@ class Network:
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     dyn: int | None = None
+    embeddings: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict[str, "Mapping[str, Tensor]"])
 
     @cached_property
     def uid(self) -> str:
@@ -62,13 +65,19 @@ class Network:
     @property
     def algorithm(self) -> str:
         """The algorithm of most layers."""
-        counts = Counter(adapter.algorithm for adapter in self.adapters.values())
-        return counts.most_common(1)[0][0] if counts else "none"
+        return next(iter(self.algorithms), "none")
+
+    @cached_property
+    def algorithms(self) -> Mapping[str, int]:
+        """Algorithm → number of its layers, the most first; biases are not counted beside weights."""
+        counts = Counter(adapter.algorithm for layer, adapter in self.adapters.items() if not layer.endswith(BIAS))
+        counts = counts or Counter(adapter.algorithm for adapter in self.adapters.values())
+        return dict(counts.most_common())
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks that occur, ascending."""
-        return tuple(sorted({adapter.rank for adapter in self.adapters.values()}))
+        """The ranks that occur in weights, ascending."""
+        return tuple(sorted({adapter.rank for layer, adapter in self.adapters.items() if not layer.endswith(BIAS)}))
 
     def with_rank(self, dyn: int) -> Network:
         """The same network with the first `dyn` ranks of each layer (``dyn=`` in a tag).
@@ -99,37 +108,60 @@ def load_network(path: Path) -> Network:
 def network_from_file(file: LoraFile) -> Network:
     """Interpret the tensors of a file. See `load_network` for what it raises."""
     name = file.path.stem
-    layers, unused = _group(file)
+    layers, embeddings, unused = _group(file)
     adapters: dict[str, WeightAdapter] = {}
     empty: list[str] = []
     alphas = _PeftAlphas(file.metadata)
-    for layer, tensors in layers.items():
+    for layer in sorted(layers, key=lambda layer: layer.endswith(BIAS)):
+        tensors = layers[layer]
         if any(tensor.numel() == 0 for tensor in tensors.values()):
             empty.append(layer)
             continue
         try:
-            adapters[layer] = load_adapter(tensors, alphas.of(layer))
+            adapters[layer] = _adapter(layer, tensors, adapters, alphas)
         except AdapterError as error:
             raise AdapterError(f"{name}: layer {layer}: {error}") from None
     _check_finite(name, adapters)
-    shapes = {layer: _shape(tensors) for layer, tensors in layers.items()}
     notes = (f"{len(empty)} of {len(layers)} layers have rank 0 and change nothing",) if empty else ()
-    base_model = BaseModel.of_file(shapes, file.metadata)
-    return Network(name, file.identity, file.metadata, base_model, adapters, tuple(unused), notes)
+    shapes = {layer: adapter.shape for layer, adapter in adapters.items()} | dict.fromkeys(empty, ())
+    return Network(
+        name=name,
+        identity=file.identity,
+        metadata=file.metadata,
+        base_model=BaseModel.of_file(shapes, file.metadata),
+        adapters=adapters,
+        unused=tuple(unused),
+        notes=notes,
+        embeddings=embeddings,
+    )
 
 
-def _group(file: LoraFile) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Tensors by layer and role, and the keys that are none of ours."""
+def _adapter(
+    layer: str, tensors: Mapping[str, Tensor], others: Mapping[str, WeightAdapter], alphas: _PeftAlphas
+) -> WeightAdapter:
+    """One layer's adapter. PEFT scales a LoRA's bias as the LoRA beside it."""
+    beside = others.get(layer.removesuffix(BIAS))
+    if tensors.keys() == {"lora_bias"} and beside is not None and is_low_rank(beside):
+        return FullAdapter(tensors["lora_bias"], beside.factors().scale, beside.algorithm)
+    return load_adapter(tensors, alphas.of(layer))
+
+
+def _group(file: LoraFile) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]], list[str]]:
+    """Tensors by layer and role, those of embeddings by name, and the keys that are none of ours."""
     layers: dict[str, dict[str, Tensor]] = {}
+    embeddings: dict[str, dict[str, Tensor]] = {}
     first_key: dict[tuple[str, str], str] = {}
     spelling: dict[str, tuple[str, str]] = {}
     unused: list[str] = []
     for key, tensor in file.tensors.items():
+        if (embedding := split_embedding(key)) is not None:
+            embeddings.setdefault(embedding[0], {})[embedding[1]] = tensor
+            continue
         parts = split_key(key)
         if parts is None:
             unused.append(key)
             continue
-        layout, other = spelling.setdefault(parts.layer, (parts.layout, key))
+        layout, other = spelling.setdefault(parts.layer.removesuffix(BIAS), (parts.layout, key))
         clash = first_key.setdefault((parts.layer, parts.role), key)
         if layout != parts.layout or clash != key:
             other = other if layout != parts.layout else clash
@@ -138,14 +170,7 @@ def _group(file: LoraFile) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
                 "which one is meant can not be told, remove one of them"
             )
         layers.setdefault(parts.layer, {})[parts.role] = tensor
-    return layers, unused
-
-
-def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """What the layer's factors say of its weight: (out, in, …), or () where they say nothing."""
-    if {"lora_up", "lora_down"} <= tensors.keys() and tensors["lora_up"].ndim and tensors["lora_down"].ndim > 1:
-        return (tensors["lora_up"].shape[0], *tensors["lora_down"].shape[1:])
-    return ()
+    return layers, embeddings, unused
 
 
 def _check_finite(name: str, adapters: Mapping[str, WeightAdapter]) -> None:

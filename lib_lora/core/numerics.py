@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 
 from lib_lora.core.adapters import LowRankAdapter, WeightAdapter, is_low_rank
+from lib_lora.core.adapters.base import matrix
+from lib_lora.core.workspace import Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 SCRATCH_BYTES = 4 << 20
 """Rows of a float32 scratch are taken in pieces of this size, which stay in the processor's cache."""
+GPU_SCRATCH_BYTES = 64 << 20
+"""The same on a GPU, where a piece must keep all of it busy."""
 
 
 class Term(NamedTuple):
@@ -42,24 +46,6 @@ class Stack(NamedTuple):
     up: Tensor
     down: Tensor
     gain: float
-
-
-class Workspace:
-    """Memory that is reused from layer to layer.
-
-    A fresh block of some MB is handed out by the system page by page, which costs more than filling it.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor of `shape`, valid until the next call with this name."""
-        buffer = self._buffers.get((name, dtype, device))
-        size = math.prod(shape)
-        if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name, dtype, device] = torch.empty(size, dtype=dtype, device=device)
-        return buffer[:size].view(shape)
 
 
 def stack(terms: Sequence[Term], dtype: torch.dtype, device: torch.device, workspace: Workspace) -> Stack:
@@ -105,14 +91,18 @@ def _power_of_two(value: float) -> float:
     return 2.0 ** math.floor(math.log2(value)) if value > 0 else 1.0
 
 
-def fuse_layer(base: Tensor, terms: Sequence[Term], out: Tensor, workspace: Workspace | None = None) -> None:
+def fuse_layer(
+    base: Tensor, terms: Sequence[Term], out: Tensor, workspace: Workspace | None = None, seed: int | None = None
+) -> None:
     """Write round(base + Σ factor · ΔW) to `out`, in place, reading `base` only.
 
     Args:
-        base: The untouched weight, (out, in) or (out, in, kh, kw).
+        base: The untouched parameter, (out, in), (out, in, kh, kw) or (out,), in out's dtype or a wider one.
         terms: What is added; their order does not matter beyond float32's own rounding.
-        out: Of base's shape, dtype and device; may not share memory with it.
+        out: Of base's shape and device; may not share memory with it.
         workspace: Reused memory; those who fuse many layers give one.
+        seed: For fp8: round up or down at random, by chance as near as the number is, from this seed; None rounds to
+            the nearest.
 
     Raises:
         RuntimeError: torch's own, among them OutOfMemoryError.
@@ -120,13 +110,13 @@ def fuse_layer(base: Tensor, terms: Sequence[Term], out: Tensor, workspace: Work
     workspace = workspace or Workspace()
     low_rank = [term for term in terms if is_low_rank(term.adapter)]
     dense = [term for term in terms if not is_low_rank(term.adapter)]
-    if not dense and has_native_gemm(out.dtype, out.device.type) and out.is_contiguous() and base.is_contiguous():
+    as_one = has_native_gemm(out.dtype, out.device.type) and base.dtype == out.dtype
+    if not dense and as_one and out.is_contiguous() and base.is_contiguous():
         up, down, gain = stack(low_rank, out.dtype, out.device, workspace)
         torch.addmm(base.flatten(1), up, down, alpha=gain, out=out.flatten(1))
-    elif not dense:
-        _fuse_by_rows(base, stack(low_rank, torch.float32, out.device, workspace), out)
     else:
-        out.copy_(_sum(base, low_rank, dense, workspace))
+        stacked = stack(low_rank, torch.float32, out.device, workspace) if low_rank else None
+        _fuse_by_rows(base, stacked, dense, out, workspace, seed)
 
 
 @functools.cache
@@ -142,42 +132,56 @@ def has_native_gemm(dtype: torch.dtype, device_type: str) -> bool:
     return dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _fuse_by_rows(base: Tensor, stacked: Stack, out: Tensor) -> None:
-    """Through a float32 scratch, some rows at a time: weights are never held twice in float32."""
-    rows = max(1, SCRATCH_BYTES // (4 * stacked.down.shape[1]))
-    for start in range(0, base.shape[0], rows):
-        part = slice(start, start + rows)
-        scratch = base[part].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        scratch.flatten(1).addmm_(stacked.up[part], stacked.down, alpha=stacked.gain)
-        out[part].copy_(scratch)
+def _fuse_by_rows(
+    base: Tensor, stacked: Stack | None, dense: Sequence[Term], out: Tensor, workspace: Workspace, seed: int | None
+) -> None:
+    """Sum in float32, some rows at a time, so that the sum stays in the processor's cache and takes no memory."""
+    columns = out.numel() // len(out)
+    in_place = out.dtype == torch.float32 and out.is_contiguous()
+    generator = None if seed is None else torch.Generator(out.device).manual_seed(seed)
+    step = _rows_at_once([term.adapter.row_step for term in dense], len(out), columns, out.device)
+    for start in range(0, len(out), step):
+        rows = slice(start, min(start + step, len(out)))
+        shape = (rows.stop - rows.start, columns)
+        total = matrix(out[rows]) if in_place else workspace.take("rows", shape, torch.float32, out.device)
+        total.copy_(matrix(base[rows]))
+        if stacked is not None:
+            total.addmm_(stacked.up[rows], stacked.down, alpha=stacked.gain)
+        for term in dense:
+            term.adapter.add_to(total, base, rows, term.factor, workspace)
+        if not in_place:
+            rounded = total if generator is None else round_stochastically(total, out.dtype, generator)
+            out[rows].copy_(rounded.view(out[rows].shape))
 
 
-def _sum(base: Tensor, low_rank: Sequence[Term], dense: Sequence[Term], workspace: Workspace) -> Tensor:
-    """Sum base + Σ factor · ΔW in float32, a new tensor."""
-    base32 = base.to(torch.float32)
-    total = base32.clone(memory_format=torch.contiguous_format)
-    for term in dense:
-        total.add_(term.adapter.delta_weight(base32), alpha=term.factor)
-    if low_rank:
-        up, down, gain = stack(low_rank, torch.float32, base.device, workspace)
-        total.flatten(1).addmm_(up, down, alpha=gain)
-    return total
+def _rows_at_once(steps: Sequence[int], height: int, columns: int, device: torch.device) -> int:
+    """Rows that fit the scratch, in whole steps of every adapter; all of them where an adapter needs all."""
+    step = math.lcm(*steps)
+    if step == 0 or step >= height:
+        return height
+    scratch = SCRATCH_BYTES if device.type == "cpu" else GPU_SCRATCH_BYTES
+    return step * max(1, scratch // (4 * columns * step))
 
 
-def fuse_layer_a1111(base: Tensor, terms: Sequence[Term], out: Tensor) -> None:
-    """As the WebUI 1.10 does it: one LoRA after another in prompt order, rounded at every operation.
+def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Round to one of the two fp8 neighbours of each number, the nearer one with the higher chance.
 
-    For reproducing pictures made there bit for bit; arguments as `fuse_layer`.
+    The mean of many roundings is the number itself, so a change smaller than a step is not lost everywhere.
+
+    Args:
+        values: float32; beyond the largest fp8 number they are cut to it.
+        dtype: An fp8 type.
+        generator: Makes the result repeatable.
+
+    Returns:
+        float32 numbers that the type can hold.
     """
-    out.copy_(base)
-    for adapter, factor in terms:
-        if is_low_rank(adapter):
-            up, down, scale = adapter.factors()
-            up, down = up.to(out.device, out.dtype), down.to(out.device, out.dtype)
-            delta = (up @ down).reshape(out.shape) * scale * factor
-        else:
-            delta = adapter.delta_weight(out.to(torch.float32)).to(out.dtype) * factor
-        out.copy_(out + delta)
+    info = torch.finfo(dtype)
+    _, exponents = torch.frexp(values)  # values = mantissa · 2^exponent with mantissa in [0.5, 1)
+    smallest = math.frexp(info.tiny)[1]
+    steps = torch.ldexp(torch.full_like(values, info.eps / 2), exponents.clamp(min=smallest))
+    chance = torch.empty_like(values).uniform_(generator=generator)
+    return (torch.floor(values / steps + chance) * steps).clamp(info.min, info.max)
 
 
 def is_finite_for_sure(terms: Sequence[Term], base_peak: float, dtype: torch.dtype) -> bool:
@@ -188,5 +192,5 @@ def is_finite_for_sure(terms: Sequence[Term], base_peak: float, dtype: torch.dty
         base_peak: An upper bound of max |W0|.
         dtype: What the weight is stored as.
     """
-    peak = base_peak + sum(abs(factor) * adapter.bound() for adapter, factor in terms)
+    peak = base_peak + sum(abs(factor) * adapter.bound(base_peak) for adapter, factor in terms)
     return peak < torch.finfo(dtype).max / 2

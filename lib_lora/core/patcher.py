@@ -11,6 +11,8 @@ import torch
 from lib_lora.core import numerics
 from lib_lora.core.fingerprint import Change, Sample, compare, samples
 from lib_lora.core.layers import LayerRef
+from lib_lora.core.webui_rounding import fuse_layer_a1111
+from lib_lora.core.workspace import Workspace
 from lib_lora.errors import ForeignWriteError, FuseMemoryError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ class ModelPatcher:
         self._components = dict(components)
         known = (getattr(module, STATE_ATTRIBUTE, None) for module in self._components.values())
         self._state = next((state for state in known if isinstance(state, PatchState)), PatchState(store))
-        self._workspace = numerics.Workspace()
+        self._workspace = Workspace()
         self._constants: dict[str, Tensor] = {}
 
     @property
@@ -190,7 +192,7 @@ class ModelPatcher:
         report = self.restore()
         for key in list(self._state.layers):
             self._forget(key)
-        self._workspace = numerics.Workspace()
+        self._workspace = Workspace()
         for module in self._components.values():
             if getattr(module, STATE_ATTRIBUTE, None) is self._state:
                 object.__delattr__(module, STATE_ATTRIBUTE)
@@ -222,7 +224,7 @@ class ModelPatcher:
             base = self._state.store.get(patch.layer, out)
             self._kernel(base, patch, out, compat)
         except OUT_OF_MEMORY:
-            self._workspace = numerics.Workspace()
+            self._workspace = Workspace()
             if out.device.type == "cuda":
                 torch.cuda.empty_cache()
             host = torch.empty_like(out, device="cpu")
@@ -231,7 +233,7 @@ class ModelPatcher:
 
     def _kernel(self, base: Tensor, patch: LayerPatch, out: Tensor, compat: Compat) -> None:
         if compat == "a1111":
-            numerics.fuse_layer_a1111(base, patch.terms, out)
+            fuse_layer_a1111(base, patch.terms, out)
         else:
             numerics.fuse_layer(base, patch.terms, out, self._workspace)
 

@@ -11,8 +11,9 @@ from torch import nn
 from lib_lora.core.adapters import load_adapter
 from lib_lora.core.hooks import HookedLayers, LinearPath, is_hookable, make_path
 from lib_lora.core.layers import LayerRef
-from lib_lora.core.numerics import Term, Workspace
+from lib_lora.core.numerics import Term
 from lib_lora.core.plan import FusePlan, LayerPatch
+from lib_lora.core.workspace import Workspace
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.06}  # relative to the largest output
 CONVS = {

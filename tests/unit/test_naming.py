@@ -81,16 +81,15 @@ ROLES = {
     "lora_B.default.weight": "lora_up",
     "lora_A.my-style_2.weight": "lora_down",
     "lora_A.lora_A.weight": "lora_down",
-    "lora_magnitude_vector": "dora_scale",
-    "lora_magnitude_vector.weight": "dora_scale",
-    "lora_magnitude_vector.default.weight": "dora_scale",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+    "lora_magnitude_vector.default.weight": "lora_magnitude_vector",
     "lora.down.weight": "lora_down",
     "lora.up.weight": "lora_up",
     "lora_linear_layer.down.weight": "lora_down",
     "lora_linear_layer.up.weight": "lora_up",
-    "lora_B.bias": "lora_B.bias",
-    "lora_B.default.bias": "lora_B.bias",
-    "lora_up.bias": "lora_up.bias",
+    "lora_B.bias": "lora_bias",
+    "lora_B.default.bias": "lora_bias",
     "hada_w1_a": "hada_w1_a",
     "hada_t2": "hada_t2",
     "lokr_w1": "lokr_w1",
@@ -118,7 +117,8 @@ def test_every_way_to_spell_a_layer_gives_its_name(spelled):
 def test_every_suffix_gives_its_role(spelled, suffix):
     parts = split_key(f"{spelled}.{suffix}")
     assert parts is not None
-    assert (parts.layer, parts.role) == (TO_Q, ROLES[suffix])
+    layer = f"{TO_Q}.bias" if ROLES[suffix] in ("lora_bias", "diff_b", "b_norm") else TO_Q
+    assert (parts.layer, parts.role) == (layer, ROLES[suffix])
 
 
 @pytest.mark.parametrize("component", ["", "unet.", "base_model.model.unet."])
@@ -178,6 +178,22 @@ def test_any_path_keeps_its_role(path, suffix):
     parts = split_key(f"lora_unet_{path}.{suffix}")
     assert parts is not None
     assert parts.role == ROLES[suffix]
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "tensor"),
+    [
+        ("bundle_emb.my style.string_to_param.*", "my style", "string_to_param.*"),
+        ("bundle_emb.style.clip_l", "style", "clip_l"),
+    ],
+)
+def test_embeddings_that_come_with_a_lora_are_told_from_its_layers(key, name, tensor):
+    assert split_embedding(key) == (name, tensor)
+
+
+@pytest.mark.parametrize("key", ["bundle_emb.", "bundle_emb.x", "lora_unet_x.lora_up.weight", "xbundle_emb.a.b"])
+def test_other_keys_are_no_embeddings(key):
+    assert split_embedding(key) is None
 
 
 @pytest.mark.parametrize("text", ["a.", "lora_A.", ".processor.", "_orig_mod_", "to_q_lora.", "base_layer"])

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from lib_lora.core.adapters import load_adapter
-from lib_lora.core.numerics import Term, Workspace, fuse_layer, fuse_layer_a1111, is_finite_for_sure
+from lib_lora.core.numerics import Term, fuse_layer, is_finite_for_sure
+from lib_lora.core.webui_rounding import fuse_layer_a1111
+from lib_lora.core.workspace import Workspace
 
 ULP = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 ROUNDINGS = {torch.float32: 8, torch.float16: 0.51, torch.bfloat16: 0.6}

@@ -9,43 +9,52 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from lib_lora.core.adapters.base import Factors
+from lib_lora.core.adapters.base import DenseAdapter, Factors, check_rank, norm, scale_of, wide
 from lib_lora.errors import AdapterError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import Tensor
+
+    from lib_lora.core.workspace import Workspace
 
 ROLES = frozenset({"lora_up", "lora_down", "lora_mid", "alpha", "scale"})
 
 
 @dataclass(frozen=True, eq=False)
-class LoraAdapter:
+class LoraAdapter(DenseAdapter):
     """Low-rank update of one layer.
 
     Attributes:
         up: (out, rank), any floating dtype.
-        down: (rank, in) or (rank, in, kh, kw), any floating dtype; Tucker's core is folded in already.
+        down: (rank, in) or (rank, in, kh, kw), any floating dtype.
         scale: alpha / rank, or what the file's own `scale` tensor says.
+        core: Tucker's core (rank, rank, kh, kw) between the two, or None; `down` is then (rank, in).
 
     Raises:
-        AdapterError: If the two share no rank, or are not two matrices.
+        AdapterError: If the parts share no rank, or the scale is not finite.
     """
 
     up: Tensor
     down: Tensor
     scale: float
+    core: Tensor | None = None
 
     algorithm = "LoRA"
 
     def __post_init__(self) -> None:
-        if self.up.ndim != 2 or self.down.ndim not in (2, 4) or self.up.shape[1] != self.down.shape[0]:
-            raise AdapterError(f"up {tuple(self.up.shape)} and down {tuple(self.down.shape)} share no rank")
+        if self.up.ndim != 2 or self.down.ndim not in (2, 4):
+            raise AdapterError(f"up {tuple(self.up.shape)} and down {tuple(self.down.shape)} are no two matrices")
+        if self.core is not None and (self.core.ndim != 4 or self.core.shape[1] != self.down.shape[0]):
+            raise AdapterError(f"mid {tuple(self.core.shape)} and down {tuple(self.down.shape)} share no rank")
+        inner = self.down if self.core is None else self.core
+        if self.up.shape[1] != inner.shape[0]:
+            raise AdapterError(f"up {tuple(self.up.shape)} and down {tuple(inner.shape)} share no rank")
         if not math.isfinite(self.scale):
             raise AdapterError(f"the scale alpha / rank is {self.scale}")
 
@@ -54,41 +63,40 @@ class LoraAdapter:
         """Number of columns of `up`."""
         return self.up.shape[1]
 
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Whether ΔW fills a weight of (out, in) or (out, in, kh, kw); a 1x1 convolution and a Linear are alike."""
-        return self.up.shape[0] == shape[0] and math.prod(self.down.shape[1:]) == math.prod(shape[1:])
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) or (out, in, kh, kw)."""
+        kernel = self.down.shape[2:] if self.core is None else self.core.shape[2:]
+        return (self.up.shape[0], self.down.shape[1], *kernel)
 
-    def shape_text(self) -> str:
-        """ΔW's shape, such as ``(320, 768)``."""
-        return str((self.up.shape[0], *self.down.shape[1:]))
-
-    def bound(self) -> float:
+    def bound(self, base_peak: float = 1.0) -> float:
         """|scale| · ‖up‖ · ‖down‖ (Frobenius) ≥ max |ΔW|, by Cauchy and Schwarz."""
         return self._bound
 
     @cached_property
     def _bound(self) -> float:
-        return abs(self.scale) * _norm(self.up) * _norm(self.down)
+        return abs(self.scale) * norm(self.up) * norm(self._inner)
 
     def factors(self) -> Factors:
-        """(out, rank) and (rank, in·kh·kw), views in the file's dtype."""
-        return Factors(self.up, self.down.flatten(1), self.scale)
+        """(out, rank) and (rank, in·kh·kw) in the file's dtype; with a core, `down` is float32."""
+        return Factors(self.up, self._inner, self.scale)
 
     def sliced(self, rank: int) -> LoraAdapter:
         """The first `rank` ranks at the scale of the whole: what the WebUI's ``dyn`` argument does."""
+        if self.core is not None:
+            return replace(self, up=self.up[:, :rank], core=self.core[:rank])
         return replace(self, up=self.up[:, :rank], down=self.down[:rank])
 
-    def delta_weight(self, base: Tensor) -> Tensor:
-        """ΔW in float32, of the shape and on the device of `base`."""
-        up, down, scale = self.factors()
-        up = up.to(base.device, torch.float32) * scale
-        return (up @ down.to(base.device, torch.float32)).reshape(base.shape)
+    def add_to(self, total: Tensor, base: Tensor, rows: slice, factor: float, workspace: Workspace) -> None:
+        """Add to the total: factor · scale · up[rows] @ down."""
+        total.addmm_(wide(self.up[rows], total), wide(self._inner, total), alpha=factor * self.scale)
 
-
-def _norm(factor: Tensor) -> float:
-    """Frobenius norm, summed in float32."""
-    linalg: Any = torch.linalg  # has no types
-    return linalg.vector_norm(factor, dtype=torch.float32).item()
+    @cached_property
+    def _inner(self) -> Tensor:
+        """(rank, in·kh·kw): `down`, Tucker's core folded in."""
+        if self.core is None:
+            return self.down.flatten(1)
+        return torch.einsum("pqhw,qi->pihw", self.core.float(), self.down.float()).flatten(1)
 
 
 def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> LoraAdapter | None:
@@ -104,13 +112,12 @@ def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> LoraAdap
     """
     if not {"lora_up", "lora_down"} <= tensors.keys() <= ROLES:
         return None
-    up, down = _matrix(tensors["lora_up"]), tensors["lora_down"]
+    up, down, core = tensors["lora_up"], tensors["lora_down"], tensors.get("lora_mid")
+    check_rank(up, down)
     rank = down.shape[0] if down.ndim else 0
-    if rank == 0 or up.shape[1] == 0:
-        raise AdapterError(f"rank 0: up {tuple(up.shape)}, down {tuple(down.shape)}")
-    if "lora_mid" in tensors:
-        down = _fold_core(tensors["lora_mid"], down)
-    return LoraAdapter(up, down, _scale(tensors, rank, default_alpha))
+    if core is not None and down.shape[2:] == (1, 1):
+        down = down.flatten(1)
+    return LoraAdapter(_matrix(up), down, scale_of(tensors, rank, default_alpha), core)
 
 
 def _matrix(up: Tensor) -> Tensor:
@@ -120,27 +127,3 @@ def _matrix(up: Tensor) -> Tensor:
     if up.ndim == 2:
         return up
     raise AdapterError(f"up has the shape {tuple(up.shape)}; (out, rank) or (out, rank, 1, 1) was expected")
-
-
-def _fold_core(mid: Tensor, down: Tensor) -> Tensor:
-    """Tucker's core times down: (rank, rank, kh, kw) and (rank, in[, 1, 1]) → (rank, in, kh, kw), float32."""
-    if mid.ndim != 4 or down.flatten(1).shape[0] != mid.shape[1]:
-        raise AdapterError(f"mid {tuple(mid.shape)} and down {tuple(down.shape)} share no rank")
-    return torch.einsum("pqhw,qi->pihw", mid.float(), down.flatten(1).float()).contiguous()
-
-
-def _scale(tensors: Mapping[str, Tensor], rank: int, default_alpha: float | None) -> float:
-    """The file's own scale, else alpha / rank, else 1."""
-    if "scale" in tensors:
-        return _number(tensors["scale"], "scale")
-    if "alpha" in tensors:
-        return _number(tensors["alpha"], "alpha") / rank
-    return 1.0 if default_alpha is None else default_alpha / rank
-
-
-def _number(tensor: Tensor, role: str) -> float:
-    if tensor.shape not in ((), (1,)):
-        raise AdapterError(f"{role} is a tensor of shape {tuple(tensor.shape)}, not one number")
-    if not math.isfinite(value := tensor.float().item()):
-        raise AdapterError(f"{role} is {value}, not a finite number")
-    return value
