@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_lora.core.naming import KeyParts, layer_name, split_key
+from lib_lora.core.naming import KeyParts, layer_name, split_embedding, split_key
 
 TO_Q = "unet:down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 TO_OUT = "unet:down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
