@@ -99,7 +99,7 @@ def measure_prefused(bench: Bench, report: Report) -> Tensor:
     rows = [(case.name, seconds(case.wall), seconds(case.busy), str(ratio(case, cases[0]))) for case in cases]
     columns = ("LoRAs", "step, wall", busy_label(bench.options), "times the step without (quartiles)")
     notes = (
-        f"ranks {RANKS}; {len(cases[0].samples)} rounds, every N in each; {WARM_STEPS} steps after a set, the next is timed",
+        f"ranks {RANKS}; {len(cases[0].samples)} rounds, every N in each; after a set {WARM_STEPS} steps are not timed",
     )
     last = ratio(cases[-1], cases[0])
     claim = Claim(f"{bench.kind}: prefused step, 7 LoRAs / 0 LoRAs", last.median, 1.01, detail=last.range)

@@ -53,8 +53,8 @@ class ResolvedLora:
             path=self.entry.path,
             te=self.request.te,
             unet=self.request.unet,
-            layers=len(self.match.layers),
-            unmatched=len(self.match.unmatched),
+            layers=self.match.matched,
+            unmatched=self.match.total - self.match.matched,
             rank=max(self.network.ranks, default=0),
             algorithm=self.network.algorithm,
         )

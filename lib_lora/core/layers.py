@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+LATENT_CHANNELS = 4
+INPAINTING_CHANNELS = 9
+"""The latents, the mask, and the masked picture's latents."""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerRef:
@@ -37,6 +41,13 @@ class LayerRef:
     rows: tuple[int, int] | None = None
     module: nn.Module | None = None
     attribute: str = "weight"
+
+    @property
+    def narrow_shape(self) -> tuple[int, ...] | None:
+        """Shape of the same layer in a model that does not inpaint, where it is another: of its first convolution."""
+        if self.key == "unet.conv_in" and self.shape[1:2] == (INPAINTING_CHANNELS,):
+            return (self.shape[0], LATENT_CHANNELS, *self.shape[2:])
+        return None
 
     def weight(self) -> Tensor:
         """The whole live parameter this layer is in (not sliced).

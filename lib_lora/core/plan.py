@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from lib_lora.core.adapters.padded import PaddedAdapter
+from lib_lora.core.naming import BIAS
 from lib_lora.core.numerics import Term
 from lib_lora.errors import BaseModelMismatchError, NamingError, NoLayersError, ShapeMismatchError
 
@@ -58,15 +60,28 @@ class Match:
     unmatched: Sequence[str]
 
     @property
+    def matched(self) -> int:
+        """How many layers of the network the model has; a weight and its bias are one."""
+        return _count_layers(layer.key for layer, _ in self.layers)
+
+    @property
+    def total(self) -> int:
+        """How many layers the network has."""
+        return self.matched + _count_layers(self.unmatched)
+
+    @property
     def note(self) -> str:
         """A sentence about what is missing, or nothing."""
         if not self.unmatched:
             return ""
-        total = len(self.layers) + len(self.unmatched)
         first = ", ".join(name.partition(":")[2] for name in self.unmatched[:3])
-        return f"{self.network.name}: {len(self.layers)} of {total} layers exist in this model; missing: {first}" + (
+        return f"{self.network.name}: {self.matched} of {self.total} layers exist in this model; missing: {first}" + (
             ", …" if len(self.unmatched) > 3 else ""
         )
+
+
+def _count_layers(names: Iterable[str]) -> int:
+    return len({name.removesuffix(BIAS) for name in names})
 
 
 def match_network(keymap: KeyMap, network: Network) -> Match:
@@ -84,7 +99,7 @@ def match_network(keymap: KeyMap, network: Network) -> Match:
         )
     places = {name: keymap.find(name) for name in network.adapters}
     _check_spellings(network, places)
-    layers = [(place, network.adapters[name]) for name, place in places.items() if place is not None]
+    layers = [(place, _fitted(network.adapters[name], place)) for name, place in places.items() if place is not None]
     unmatched = [name for name, place in places.items() if place is None]
     if not layers:
         first = ", ".join([*unmatched, *network.unused][:3]) or "the file holds no tensors"
@@ -94,6 +109,14 @@ def match_network(keymap: KeyMap, network: Network) -> Match:
         )
     _check_shapes(network, layers)
     return Match(network, layers, unmatched)
+
+
+def _fitted(adapter: WeightAdapter, place: LayerRef) -> WeightAdapter:
+    """The adapter itself; for an inpainting model's first convolution, padded with zeros where it was made without."""
+    narrow = place.narrow_shape
+    if narrow is None or adapter.fits(place.shape) or not adapter.fits(narrow):
+        return adapter
+    return PaddedAdapter(adapter, narrow[1], place.shape)
 
 
 def _check_spellings(network: Network, places: Mapping[str, LayerRef | None]) -> None:
