@@ -49,7 +49,15 @@ class AdapterError(PrefuseError):
 
 
 class NetworkError(PrefuseError):
-    """A LoRA that was read well can not be applied to this model."""
+    """A LoRA that was read well can not be applied to this model.
+
+    Attributes:
+        network: `Network.uid` of the culprit, or ``""`` where only one is in question.
+    """
+
+    def __init__(self, message: str, network: str = "") -> None:
+        super().__init__(message)
+        self.network = network
 
 
 class NoLayersError(NetworkError):
@@ -65,15 +73,11 @@ class ShapeMismatchError(NetworkError):
 
 
 class NonFiniteError(NetworkError):
-    """NaN or infinity, in the LoRA or in what it would make of the weights.
+    """NaN or infinity, in the LoRA or in what it would make of the weights."""
 
-    Attributes:
-        network: `Network.uid` of the culprit, or ``""`` where it has none yet.
-    """
 
-    def __init__(self, message: str, network: str = "") -> None:
-        super().__init__(message)
-        self.network = network
+class UnwritableError(NetworkError):
+    """The LoRA's algorithm has to change weights that can not be rewritten."""
 
 
 class UnknownLoraError(PrefuseError):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from lib_lora.catalog import LoraCatalog
 from lib_lora.core.base_store import choose_store
 from lib_lora.core.checkpoint import layer_tensors
-from lib_lora.core.hooks import HookedLayers, is_hookable
+from lib_lora.core.hooks import HookedLayers, divide
 from lib_lora.core.keymap import KeyMap
 from lib_lora.core.memory import return_memory
-from lib_lora.core.patcher import ModelPatcher
-from lib_lora.core.plan import FusePlan, Scale, make_plan
-from lib_lora.errors import ForeignWriteError, ModelError, NonFiniteError, TagError, UnknownLoraError
+from lib_lora.core.patcher import ApplyReport, ModelPatcher
+from lib_lora.core.plan import Scale, make_plan
+from lib_lora.errors import ForeignWriteError, ModelError, NetworkError, TagError, UnknownLoraError
 from lib_lora.prompt.tags import ParsedPrompt, parse_numbers, parse_prompt
 from lib_lora.report import RefusedLora, SessionReport
 from lib_lora.resolve import Resolver
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from lib_lora.core.base_store import StoreKind
     from lib_lora.core.layers import LayerRef
     from lib_lora.core.models import BaseModel
-    from lib_lora.core.patcher import ApplyReport
-    from lib_lora.core.plan import Compat
+    from lib_lora.core.patcher import Rounding
+    from lib_lora.core.plan import Compat, FusePlan
     from lib_lora.report import AppliedLora
     from lib_lora.resolve import ResolvedLora
 
@@ -67,6 +67,7 @@ class LoraSession:
         compat: Compat = "exact",
         store: StoreKind = "auto",
         checkpoint: Path | Sequence[Path] | None = None,
+        fp8_rounding: Rounding = "nearest",
         on_weights_changed: Callable[[Sequence[LayerRef]], None] | None = None,
     ) -> None:
         """Prepare a model; no weight is touched and nothing is copied yet.
@@ -78,6 +79,7 @@ class LoraSession:
             compat: ``exact``, or ``a1111`` for the WebUI's rounding.
             store: Where base weights are kept while LoRAs are fused.
             checkpoint: The .safetensors file(s) the model was loaded from, which can serve as the store.
+            fp8_rounding: How sums are rounded to weights in fp8: ``nearest``, or ``stochastic`` (seeded).
             on_weights_changed: Called after weights were written, with their layers.
 
         Raises:
@@ -90,7 +92,7 @@ class LoraSession:
         files = [checkpoint] if isinstance(checkpoint, Path) else list(checkpoint or ())
         mapped = layer_tensors(self.keymap.parameters, files) if files and store in ("auto", "checkpoint") else None
         weights = [layer.live() for layer in self.keymap.parameters]
-        self._patcher = ModelPatcher(components, choose_store(store, weights, mapped))
+        self._patcher = ModelPatcher(components, choose_store(store, weights, mapped), fp8_rounding)
         self._hooks = HookedLayers()
         self._components = dict(components)
         self._mode: Mode = mode
@@ -113,7 +115,7 @@ class LoraSession:
         Args:
             pipe: Any object with `unet` (or `transformer`) and `text_encoder` modules.
             lora_dir: One or more folders with LoRA files.
-            options: As the constructor's: mode, compat, store, checkpoint, on_weights_changed.
+            options: As the constructor's: mode, compat, store, checkpoint, fp8_rounding, on_weights_changed.
 
         Raises:
             ModelError: If the pipeline has no such modules.
@@ -191,7 +193,8 @@ class LoraSession:
         """Change the strength of one active LoRA again and again, at the cost of its own rank: for a slider.
 
         Inside the block the weights are a preview: the other LoRAs' sum is rounded before this one is added. When the
-        block ends the last strength is set as `set` would.
+        block ends the last strength is set as `set` would. Where a preview can not be had (hook mode, algorithms that
+        depend on the weights, quantised layers) every turn is a `set`.
 
         Args:
             name: A LoRA of the last `set`, as its request wrote it.
@@ -209,7 +212,10 @@ class LoraSession:
             if moving is None:
                 raise UnknownLoraError(f"{name!r} is not active; set it first")
             layers = [layer for layer, _ in moving.match.layers]
-            if self._mode == "prefuse":
+            previews = self._mode == "prefuse" and all(
+                layer.is_rewritable and not adapter.needs_base for layer, adapter in moving.match.layers
+            )
+            if previews:
                 rest = [lora for lora in self._loras if lora.request.name != name]
                 others = zip((lora.match for lora in rest), self._scales(rest), strict=True)
                 self._patcher.hold(make_plan(others, self._compat), layers)
@@ -221,11 +227,11 @@ class LoraSession:
                     replace(request, te=strength, unet=strength) if request.name == name else request
                     for request in requests
                 ]
-                if self._mode == "hook":
-                    self._set(ParsedPrompt(text, tuple(requests)))
-                else:
+                if previews:
                     self._patcher.tune(make_plan([(moving.match, Scale(strength, strength))]))
                     self._tell(layers)
+                else:
+                    self._set(ParsedPrompt(text, tuple(requests)))
 
             try:
                 yield turn
@@ -280,10 +286,14 @@ class LoraSession:
         """Plan and write. A LoRA that would overflow a weight leaves `loras`, and the rest is planned again."""
         while True:
             plan = make_plan(zip((lora.match for lora in loras), self._scales(loras), strict=True), self._compat)
-            fused, hooked = self._divide(plan)
             try:
-                done = [self._patcher.apply(fused), self._hooks.apply(hooked)]
-            except NonFiniteError as error:
+                parts = divide(plan, self._mode == "hook")
+                done = [
+                    self._patcher.apply(parts.fused),
+                    self._hooks.apply(parts.hooked),
+                    ApplyReport(notes=parts.notes),
+                ]
+            except NetworkError as error:
                 culprits = [lora for lora in loras if lora.network.uid == error.network]
                 if not culprits:
                     raise
@@ -300,14 +310,6 @@ class LoraSession:
             last = {lora.network.uid: lora.request for lora in loras}
             requests = [last[lora.network.uid] for lora in loras]
         return [Scale(request.te, request.unet) for request in requests]
-
-    def _divide(self, plan: FusePlan) -> tuple[FusePlan, FusePlan]:
-        """What is fused, and what is hooked."""
-        if self._mode == "prefuse":
-            return plan, FusePlan({}, plan.compat)
-        hooked = {key: patch for key, patch in plan.patches.items() if is_hookable(patch.layer)}
-        fused = {key: patch for key, patch in plan.patches.items() if key not in hooked}
-        return FusePlan(fused, plan.compat), FusePlan(hooked, plan.compat)
 
     def _back_to_base(self) -> None:
         self._loras = []

@@ -16,16 +16,23 @@ from torch import nn
 from torch.nn import functional
 
 from lib_lora.core import numerics
-from lib_lora.core.adapters import is_low_rank
+from lib_lora.core.adapters import is_low_rank, split_linear
+from lib_lora.core.layers import is_fp8
+from lib_lora.core.numerics import Term
 from lib_lora.core.patcher import ApplyReport
+from lib_lora.core.plan import FusePlan, LayerPatch
 from lib_lora.core.workspace import Workspace
+from lib_lora.errors import UnwritableError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
     from lib_lora.core.layers import LayerRef
-    from lib_lora.core.plan import FusePlan, LayerPatch, PatchKey
+    from lib_lora.core.network import Network
+    from lib_lora.core.plan import PatchKey
 
 
 def is_hookable(layer: LayerRef) -> bool:
@@ -34,6 +41,95 @@ def is_hookable(layer: LayerRef) -> bool:
     MultiheadAttention reads its weights past any forward; such layers are fused in hook mode too.
     """
     return isinstance(layer.module, (nn.Linear, nn.Conv2d)) and layer.attribute == "weight"
+
+
+@dataclass(frozen=True)
+class Division:
+    """A plan in two: what is written into the weights, and what is added to the forwards.
+
+    Attributes:
+        fused: For the patcher.
+        hooked: For `HookedLayers`.
+        notes: Sentences about what is not done in the way that was asked for.
+    """
+
+    fused: FusePlan
+    hooked: FusePlan
+    notes: tuple[str, ...] = ()
+
+
+def divide(plan: FusePlan, hook: bool) -> Division:
+    """Decide for each layer whether it is fused or hooked.
+
+    Layers whose weights can not be rewritten (quantised) are hooked in either mode. Algorithms whose ΔW depends on the
+    weight (IA3, OFT, BOFT, DoRA, GLoRA's first branch), biases and MultiheadAttention are fused in either mode.
+
+    Args:
+        plan: The whole.
+        hook: Whether the user asks for hooks.
+
+    Raises:
+        UnwritableError: If an algorithm that must be fused meets a weight that can not be rewritten.
+    """
+    fused: dict[str, LayerPatch] = {}
+    hooked: dict[str, LayerPatch] = {}
+    quantised: list[LayerPatch] = []
+    kept: dict[str, None] = {}
+    for key, patch in plan.patches.items():
+        writable = patch.layer.is_rewritable
+        if writable and not (hook and is_hookable(patch.layer)):
+            fused[key] = patch
+            continue
+        linear, rest = _split(patch)
+        if linear:
+            hooked[key] = linear
+        if rest and not writable:
+            raise _unwritable(rest)
+        if rest:
+            fused[key] = rest
+            kept.update((f"{network.name}: {term.adapter.algorithm}", None) for term, network in _pairs(rest))
+        if not writable:
+            quantised.append(patch)
+    notes = tuple(f"{what} depends on the weights and is fused in hook mode too" for what in kept)
+    return Division(FusePlan(fused, plan.compat), FusePlan(hooked, plan.compat), notes + _quantised_note(quantised))
+
+
+def _pairs(patch: LayerPatch) -> Sequence[tuple[Term, Network]]:
+    return list(zip(patch.terms, patch.networks, strict=True))
+
+
+def _split(patch: LayerPatch) -> tuple[LayerPatch | None, LayerPatch | None]:
+    """What can be added to the layer's forward, and what needs its weight."""
+    linear: list[tuple[Term, Network]] = []
+    rest: list[tuple[Term, Network]] = []
+    for term, network in _pairs(patch):
+        parts = split_linear(term.adapter) if is_hookable(patch.layer) else (None, term.adapter)
+        for part, group in zip(parts, (linear, rest), strict=True):
+            if part is not None:
+                group.append((Term(part, term.factor), network))
+    return _joined(patch.layer, linear), _joined(patch.layer, rest)
+
+
+def _joined(layer: LayerRef, pairs: Sequence[tuple[Term, Network]]) -> LayerPatch | None:
+    if not pairs:
+        return None
+    terms, networks = zip(*pairs, strict=True)
+    return LayerPatch(layer, terms, networks)
+
+
+def _unwritable(patch: LayerPatch) -> UnwritableError:
+    term, network = patch.terms[0], patch.networks[0]
+    kind = type(patch.layer.module).__name__
+    return UnwritableError(
+        f"{network.name}: {term.adapter.algorithm} has to change the weights of {patch.layer.key}, which are quantised "
+        f"({kind}) and can not be rewritten; load the model in fp16 or fp8 for this LoRA",
+        network=network.uid,
+    )
+
+
+def _quantised_note(patches: Sequence[LayerPatch]) -> tuple[str, ...]:
+    kinds = ", ".join(dict.fromkeys(type(patch.layer.module).__name__ for patch in patches))
+    return (f"{len(patches)} layers are quantised ({kinds}) and are hooked, not fused",) if patches else ()
 
 
 class Path(Protocol):
@@ -70,14 +166,15 @@ class LinearPath:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Args: args: x (..., in) first; output: (..., out)."""
-        hidden = args[0] if self.down is None else functional.linear(args[0], self.down)
+        x = args[0].to(self.up.dtype)
+        hidden = x if self.down is None else functional.linear(x, self.down)
         if self.rows is not None:
             part = slice(*self.rows)
             output = output.clone() if torch.is_grad_enabled() else output
             output[..., part] += functional.linear(hidden, self.up)
             return output
-        if torch.is_grad_enabled() or not output.is_contiguous():
-            return output + functional.linear(hidden, self.up)
+        if torch.is_grad_enabled() or not output.is_contiguous() or output.dtype != self.up.dtype:
+            return output + functional.linear(hidden, self.up).to(output.dtype)
         output.view(-1, output.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), self.up.t())
         return output
 
@@ -103,11 +200,12 @@ class ConvPath:
         """Args: args: x (batch, in, h, w) first; output: (batch, out, h', w')."""
         conv = cast("nn.Conv2d", module)
         # torch's own, protected: the one place that knows every padding mode
-        hidden = conv._conv_forward(args[0], self.down, None)  # pyright: ignore[reportPrivateUsage]
+        hidden = conv._conv_forward(args[0].to(self.down.dtype), self.down, None)  # pyright: ignore[reportPrivateUsage]
         if self.up is None:
-            return output + hidden
-        if conv.groups > 1 or torch.is_grad_enabled() or not output.is_contiguous():
-            return output + functional.conv2d(hidden, self.up[:, :, None, None], groups=conv.groups)
+            return output + hidden.to(output.dtype)
+        in_place = not torch.is_grad_enabled() and output.is_contiguous() and output.dtype == hidden.dtype
+        if conv.groups > 1 or not in_place:
+            return output + functional.conv2d(hidden, self.up[:, :, None, None], groups=conv.groups).to(output.dtype)
         output.flatten(2).baddbmm_(self.up.expand(len(output), -1, -1), hidden.flatten(2))
         return output
 
@@ -117,24 +215,35 @@ def _nbytes(*tensors: Tensor | None) -> int:
 
 
 def make_path(patch: LayerPatch, workspace: Workspace) -> Path:
-    """Stack the factors of a layer, in the dtype and on the device of its weight.
+    """Stack the factors of a layer, on the device of its weight and in the dtype the layer computes in.
 
     The dense ΔW is taken where the layer has adapters without factors, or where it is the smaller computation.
     """
-    layer = patch.layer
-    weight = layer.live()
+    layer, device, dtype = patch.layer, patch.layer.weight().device, _compute_dtype(patch.layer)
     groups = layer.module.groups if isinstance(layer.module, nn.Conv2d) else 1
     if _is_cheaper_dense(patch):
-        zero = torch.zeros(layer.shape, dtype=torch.float32, device=weight.device)
+        zero = torch.zeros(layer.shape, dtype=torch.float32, device=device)
         delta = torch.empty_like(zero)
         numerics.fuse_layer(zero, patch.terms, delta, workspace)
-        dense = delta.to(weight.dtype)
+        dense = delta.to(dtype)
         return ConvPath(dense, None) if dense.ndim == 4 else LinearPath(None, dense, layer.rows)
-    up, down, gain = numerics.stack(patch.terms, torch.float32, weight.device, workspace)
-    up, down = (up * gain).to(weight.dtype), down.to(weight.dtype, copy=True)
-    if weight.ndim == 2:
+    up, down, gain = numerics.stack(patch.terms, torch.float32, device, workspace)
+    up, down = (up * gain).to(dtype), down.to(dtype, copy=True)
+    if len(layer.shape) == 2:
         return LinearPath(down, up, layer.rows)
     return ConvPath(down.view(-1, *layer.shape[1:]).repeat(groups, 1, 1, 1), up)
+
+
+def _compute_dtype(layer: LayerRef) -> torch.dtype:
+    """The weight's, or where that is only kept in (fp8, quantised): what the module says, its bias's, or float32."""
+    module = layer.module
+    candidates = (
+        layer.weight().dtype,
+        getattr(module, "compute_dtype", None),
+        getattr(getattr(module, "bias", None), "dtype", None),
+    )
+    usable = (dtype for dtype in candidates if isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    return next((dtype for dtype in usable if not is_fp8(dtype)), torch.float32)
 
 
 def _is_cheaper_dense(patch: LayerPatch) -> bool:

@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+
+MASTERS = {"weight": "fp16_weight", "bias": "fp16_bias"}
+"""Where the WebUI keeps the fp16 numbers of a parameter that it stores in fp8, if it is told to keep them."""
 
 LATENT_CHANNELS = 4
 INPAINTING_CHANNELS = 9
@@ -63,3 +69,22 @@ class LayerRef:
         """This layer's own part of the live weight, a view that writes go through, of `shape`."""
         weight = self.weight().detach()
         return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
+
+    def master(self) -> Tensor | None:
+        """A wider copy of the untouched fp8 weight that the model keeps, or None; of `shape`, not to be written to."""
+        master = getattr(self.module, MASTERS.get(self.attribute, ""), None)
+        if master is None or not is_fp8(self.weight().dtype):
+            return None
+        return master.detach() if self.rows is None else master.detach()[self.rows[0] : self.rows[1]]
+
+    @property
+    def is_rewritable(self) -> bool:
+        """Whether the live weight holds plain floating numbers; quantised ones are packed or of another class."""
+        weight = self.weight()
+        plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point()
+        return plain and self.live().shape == self.shape
+
+
+def is_fp8(dtype: torch.dtype) -> bool:
+    """Whether numbers of this type are kept, not computed with."""
+    return dtype.is_floating_point and dtype.itemsize == 1

@@ -141,7 +141,7 @@ def _adapter(
 ) -> WeightAdapter:
     """One layer's adapter. PEFT scales a LoRA's bias as the LoRA beside it."""
     beside = others.get(layer.removesuffix(BIAS))
-    if tensors.keys() == {"lora_bias"} and beside is not None and is_low_rank(beside):
+    if set(tensors) == {"lora_bias"} and beside is not None and is_low_rank(beside):
         return FullAdapter(tensors["lora_bias"], beside.factors().scale, beside.algorithm)
     return load_adapter(tensors, alphas.of(layer))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
 from lib_lora.core import numerics
 from lib_lora.core.fingerprint import Change, Sample, compare, samples
-from lib_lora.core.layers import LayerRef
+from lib_lora.core.layers import LayerRef, is_fp8
 from lib_lora.core.webui_rounding import fuse_layer_a1111
 from lib_lora.core.workspace import Workspace
 from lib_lora.errors import ForeignWriteError, FuseMemoryError, NonFiniteError
@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from lib_lora.core.base_store import BaseStore
     from lib_lora.core.plan import Compat, FusePlan, LayerPatch, PatchKey
 
-    AppliedKey: TypeAlias = "tuple[Compat, PatchKey]"
+    AppliedKey: TypeAlias = "tuple[Compat, Rounding, PatchKey]"
+
+Rounding = Literal["nearest", "stochastic"]
 
 STATE_ATTRIBUTE = "_prefuse_state"
 OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
-DIRTY: AppliedKey = ("exact", (("being written",), (0.0,)))
+DIRTY: AppliedKey = ("exact", "nearest", (("being written",), (0.0,)))
+WIDE_PEAK = 1e6
+"""Taken for max |W0| of types with float32's range, where reading it would tell nothing."""
 
 
 @dataclass
@@ -73,14 +77,19 @@ class ApplyReport:
 class ModelPatcher:
     """Writes plans into a model's own parameters, in place, always from the base weights."""
 
-    def __init__(self, components: Mapping[str, nn.Module], store: BaseStore) -> None:
+    def __init__(
+        self, components: Mapping[str, nn.Module], store: BaseStore, fp8_rounding: Rounding = "nearest"
+    ) -> None:
         """Take charge of a model.
 
         Args:
             components: ``unet``, ``te1``, … → module. If LoRAs are fused there already (by a patcher that is gone),
                 their state is taken over and `store` is not used.
             store: Where base weights shall be kept.
+            fp8_rounding: How sums are rounded to weights in fp8: to the nearest, or at random by nearness, from a seed
+                that is the same for the same request.
         """
+        self._fp8_rounding: Rounding = fp8_rounding
         self._components = dict(components)
         known = (getattr(module, STATE_ATTRIBUTE, None) for module in self._components.values())
         self._state = next((state for state in known if isinstance(state, PatchState)), PatchState(store))
@@ -119,7 +128,7 @@ class ModelPatcher:
         with torch.no_grad():
             notes = self._reconcile()
             applied = self._state.applied
-            writes = [patch for key, patch in plan.patches.items() if applied.get(key) != (plan.compat, patch.key)]
+            writes = [patch for key, patch in plan.patches.items() if applied.get(key) != self._key(patch, plan.compat)]
             leaving = [self._state.layers[key] for key in applied if key not in plan.patches]
             try:
                 self._capture(patch.layer for patch in writes)
@@ -215,27 +224,38 @@ class ModelPatcher:
             state.applied[patch.layer.key] = DIRTY
             live = patch.layer.live()
             self._fuse(patch, live, compat)
-            state.applied[patch.layer.key] = (compat, patch.key)
+            state.applied[patch.layer.key] = self._key(patch, compat)
         self._mark(patch.layer for patch in writes)
 
     def _fuse(self, patch: LayerPatch, out: Tensor, compat: Compat) -> None:
         """One layer; on a device without memory for it, through the host's."""
         try:
-            base = self._state.store.get(patch.layer, out)
-            self._kernel(base, patch, out, compat)
+            self._kernel(self._base(patch.layer, out), patch, out, compat)
         except OUT_OF_MEMORY:
             self._workspace = Workspace()
             if out.device.type == "cuda":
                 torch.cuda.empty_cache()
             host = torch.empty_like(out, device="cpu")
-            self._kernel(self._state.store.get(patch.layer, host), patch, host, compat)
+            self._kernel(self._base(patch.layer, host), patch, host, compat)
             out.copy_(host)
+
+    def _base(self, layer: LayerRef, like: Tensor) -> Tensor:
+        """What is added to: the untouched weight, or the wider master of one in fp8; on the device of `like`."""
+        master = layer.master()
+        return self._state.store.get(layer, like) if master is None else master.to(like.device)
 
     def _kernel(self, base: Tensor, patch: LayerPatch, out: Tensor, compat: Compat) -> None:
         if compat == "a1111":
             fuse_layer_a1111(base, patch.terms, out)
         else:
-            numerics.fuse_layer(base, patch.terms, out, self._workspace)
+            seed = patch.seed if self._rounding(patch.layer) == "stochastic" else None
+            numerics.fuse_layer(base, patch.terms, out, self._workspace, seed)
+
+    def _rounding(self, layer: LayerRef) -> Rounding:
+        return self._fp8_rounding if is_fp8(layer.weight().dtype) else "nearest"
+
+    def _key(self, patch: LayerPatch, compat: Compat) -> AppliedKey:
+        return compat, self._rounding(patch.layer), patch.key
 
     def _restore(self, layers: Sequence[LayerRef]) -> None:
         state = self._state
@@ -270,9 +290,9 @@ class ModelPatcher:
     def _peak(self, layer: LayerRef, like: Tensor) -> float:
         """Max |W0|, read once, and only for types in which a sum of ordinary numbers can overflow."""
         if torch.finfo(like.dtype).max > 1e30:
-            return 0.0
+            return WIDE_PEAK
         if layer.key not in self._state.peaks:
-            self._state.peaks[layer.key] = self._state.store.get(layer, like).abs().amax().float().item()
+            self._state.peaks[layer.key] = self._state.store.get(layer, like).float().abs().amax().item()
         return self._state.peaks[layer.key]
 
     def _reconcile(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -153,6 +154,12 @@ class LayerPatch:
     def key(self) -> PatchKey:
         """Everything that decides the result of this layer."""
         return tuple(network.uid for network in self.networks), tuple(term.factor for term in self.terms)
+
+    @cached_property
+    def seed(self) -> int:
+        """The same number for the same request, another one for each layer."""
+        names = [network.name for network in self.networks]
+        return zlib.crc32(repr((self.layer.key, names, self.key[1])).encode())
 
     def heaviest(self) -> Network:
         """The network that can add the largest number."""

@@ -23,6 +23,7 @@ from lib_lora.core.adapters.lokr import LokrAdapter, Part
 from lib_lora.core.adapters.lora import LoraAdapter
 from lib_lora.core.adapters.oft import TINY, OftAdapter
 from lib_lora.core.adapters.padded import PaddedAdapter
+from lib_lora.core.layers import is_fp8
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,10 +43,10 @@ def fuse_layer_a1111(base: Tensor, terms: Sequence[Term], out: Tensor) -> None:
         terms: The summands in prompt order.
         out: Of base's shape and device.
     """
-    weight = base
+    weight = base.to(torch.float16) if is_fp8(base.dtype) else base
     for adapter, factor in terms:
         updown = delta_weight(adapter, weight) * factor
-        weight = (weight.to(updown.dtype) + updown).to(base.dtype)
+        weight = (weight.to(updown.dtype) + updown).to(weight.dtype)
     out.copy_(weight)
 
 

@@ -53,12 +53,12 @@ class Interrupting:
     def __init__(self, at: int, error: BaseException, *, lasting: bool = False, fuse=None) -> None:
         self.at, self.error, self.lasting, self.count, self.fuse = at, error, lasting, 0, fuse
 
-    def __call__(self, base, terms, out, workspace=None):
+    def __call__(self, base, terms, out, workspace=None, seed=None):
         self.count += 1
         if self.fuse is None or self.count == self.at + 1:
             out.fill_(7.0)
         else:
-            self.fuse(base, terms, out, workspace)
+            self.fuse(base, terms, out, workspace, seed)
         if self.count == self.at + 1 or (self.lasting and self.count > self.at):
             raise self.error
 
