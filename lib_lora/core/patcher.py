@@ -147,6 +147,7 @@ class ModelPatcher:
                 raise
         self._state.plan_key = plan.key
         milliseconds = (time.perf_counter() - start) * 1e3
+        notes += _coarse_note(plan)
         return ApplyReport(tuple(patch.layer for patch in writes), tuple(leaving), milliseconds, notes)
 
     def hold(self, rest: FusePlan, layers: Sequence[LayerRef]) -> ApplyReport:
@@ -338,3 +339,15 @@ class ModelPatcher:
         state.samples.pop(key, None)
         state.peaks.pop(key, None)
         state.plan_key = ""
+
+
+def _coarse_note(plan: FusePlan) -> tuple[str, ...]:
+    """What is lost where fp8 numbers are all there is."""
+    layers = [patch.layer for patch in plan.patches.values() if is_fp8(patch.layer.weight().dtype)]
+    coarse = sum(layer.master() is None for layer in layers)
+    if not coarse:
+        return ()
+    return (
+        f"{coarse} layers are kept in fp8 without a wider copy, so the LoRAs are added to numbers that are coarse "
+        "already; let the host keep the fp16 weights for better pictures",
+    )
