@@ -171,10 +171,10 @@ def wide(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def norm(tensor: Tensor) -> float:
-    """Frobenius norm, summed in float32; not finite if a number is not."""
+    """Frobenius norm, summed in float32 or wider; not finite if a number is not."""
     linalg: Any = torch.linalg  # has no types
     values = tensor.float() if tensor.element_size() == 1 else tensor
-    return linalg.vector_norm(values, dtype=torch.float32).item()
+    return linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32)).item()
 
 
 def peak(tensor: Tensor) -> float:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from lib_lora.core.adapters.base import DenseAdapter, check_rank, matrix, wide
-from lib_lora.core.adapters.oft import constraint_of, rescale_of, rotations
+import torch
+
+from lib_lora.core.adapters.base import DenseAdapter, check_rank, matrix, peak, wide
+from lib_lora.core.adapters.oft import constraint_of, rescale_of, turns
 from lib_lora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -77,33 +79,42 @@ class BoftAdapter(DenseAdapter):
 
     @cached_property
     def _peak(self) -> float:
-        stages = self._rotations.abs().sum(-1).flatten(1).amax(1).prod().item()
-        return stages * (1.0 if self.rescale is None else self.rescale.float().abs().max().item()) + 1.0
+        stages = (self._changes.abs().sum(-1).flatten(1).amax(1) + 1.0).prod().item()
+        return stages * (1.0 if self.rescale is None else peak(self.rescale)) + 1.0
 
     @cached_property
-    def _rotations(self) -> Tensor:
-        return rotations(self.blocks, self.constraint)
+    def _changes(self) -> Tensor:
+        """R - I of each block, (stages, count, n, n) float32."""
+        return turns(self.blocks, self.constraint).float()
 
     def add_to(self, total: Tensor, base: Tensor, rows: slice, factor: float, workspace: Workspace) -> None:
         """Add to the total: factor · (rescale · butterfly(W0) - W0), some columns at a time."""
-        turns, weight = wide(self._rotations, total), matrix(base)
+        changes, weight = wide(self._changes, total), matrix(base)
+        rescale = None if self.rescale is None else wide(self.rescale, total)[:, None]
         step = max(1, PIECE_BYTES // (4 * len(weight)))
         for start in range(0, weight.shape[1], step):
             columns = slice(start, start + step)
             part = wide(weight[:, columns], total)
-            turned = part
-            for stage, turn in enumerate(turns):
-                turned = _mix(turned, turn, 2**stage * turn.shape[-1] // 2)
-            if self.rescale is not None:
-                turned = turned * wide(self.rescale, total)[:, None]
-            total[:, columns].add_(turned - part, alpha=factor)
+            delta = _butterfly(part, changes)
+            if rescale is not None:
+                delta = torch.addcmul(delta * rescale, part, rescale - 1.0)
+            total[:, columns].add_(delta, alpha=factor)
 
 
-def _mix(rows: Tensor, turn: Tensor, distance: int) -> Tensor:
+def _butterfly(part: Tensor, changes: Tensor) -> Tensor:
+    """Butterfly(part) - part: what each stage adds is summed, so that a small change is not lost beside the weight."""
+    delta = torch.zeros_like(part)
+    for stage, change in enumerate(changes):
+        delta += _mix(part + delta, change, 2**stage * change.shape[-1] // 2)
+    return delta
+
+
+def _mix(rows: Tensor, change: Tensor, distance: int) -> Tensor:
     """One stage: rows (out, columns) that are `distance` apart are brought together in blocks, turned, put back."""
-    shuffled = rows.unflatten(0, (-1, 2, distance)).transpose(1, 2).reshape(len(turn), turn.shape[-1], -1)
-    turned = (turn @ shuffled).flatten(0, 1)
-    return turned.unflatten(0, (-1, distance, 2)).transpose(1, 2).reshape(rows.shape)
+    count, size, columns = len(change), change.shape[-1], rows.shape[1]
+    pairs = rows.reshape(-1, 2, distance, columns).transpose(1, 2).reshape(count, size, columns)
+    mixed = (change @ pairs).reshape(-1, distance, 2, columns)
+    return mixed.transpose(1, 2).reshape(rows.shape)
 
 
 def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> BoftAdapter | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -88,12 +88,16 @@ class DoraAdapter(DenseAdapter):
         self.inner.add_to(direction, base, rows, 1.0, workspace)
         magnitude = wide(self.magnitude.flatten(), total)
         if self.per_output:
-            length = direction.norm(dim=1) + EPSILON
-            direction.mul_((magnitude[rows] / length)[:, None])
+            direction.mul_((magnitude[rows] / _length(direction, 1))[:, None])
         else:
-            cells = direction.unflatten(1, (len(magnitude), -1))
-            cells.mul_((magnitude / (cells.square().sum((0, 2)).sqrt() + EPSILON))[:, None])
+            cells = direction.view(len(direction), len(magnitude), -1)
+            cells.mul_((magnitude / _length(cells, (0, 2)))[:, None])
         total.add_(direction, alpha=factor).sub_(wide(part, total), alpha=factor)
+
+
+def _length(direction: Tensor, dim: int | tuple[int, int]) -> Tensor:
+    linalg: Any = torch.linalg  # has no types
+    return linalg.vector_norm(direction, dim=dim) + EPSILON
 
 
 def wrap(inner: WeightAdapter, tensors: Mapping[str, Tensor]) -> WeightAdapter:

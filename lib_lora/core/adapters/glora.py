@@ -89,7 +89,7 @@ class GloraAdapter(DenseAdapter):
         if self.branch is not None:
             self.branch.add_to(total, base, rows, factor, workspace)
         up, down = wide(self.up, total), wide(self.down, total)
-        part = wide(matrix(base[rows]), total).unflatten(1, (len(up), -1))
+        part = wide(matrix(base[rows]), total).view(len(total), len(up), -1)
         mixed = torch.einsum("ojk,ji->oik", torch.einsum("oik,ij->ojk", part, up), down)
         total.add_(mixed.flatten(1), alpha=factor * self.scale)
 

@@ -64,8 +64,8 @@ class Ia3Adapter(DenseAdapter):
         if not self.on_input:
             total.addcmul_(part, weight[rows, None].expand_as(part), value=factor)
             return
-        kernel = part.shape[1] // len(weight)
-        total.unflatten(1, (-1, kernel)).addcmul_(part.unflatten(1, (-1, kernel)), weight[None, :, None], value=factor)
+        cells = (len(total), len(weight), -1)
+        total.view(cells).addcmul_(part.view(cells), weight[None, :, None], value=factor)
 
 
 def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> Ia3Adapter | None:

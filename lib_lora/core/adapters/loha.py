@@ -46,7 +46,7 @@ class Half(NamedTuple):
 
     def check(self) -> None:
         """Refuse parts that share no rank."""
-        check_rank(self.up, self.down)
+        check_rank(*(part for part in self if part is not None))
         if self.core is None:
             fits = self.up.ndim == 2 and self.down.ndim in (2, 4) and self.up.shape[1] == self.down.shape[0]
         else:
@@ -138,5 +138,5 @@ def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> LohaAdap
     if not {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= tensors.keys() <= ROLES:
         return None
     first, second = (Half(tensors[f"hada_w{i}_a"], tensors[f"hada_w{i}_b"], tensors.get(f"hada_t{i}")) for i in (1, 2))
-    check_rank(first.down)
+    first.check()
     return LohaAdapter(first, second, scale_of(tensors, first.down.shape[0], default_alpha))

@@ -39,22 +39,33 @@ class Part(NamedTuple):
         return self.tensors[1].shape[0] if len(self.tensors) > 1 else None
 
     def whole(self) -> Tensor:
-        """float32, (rows, columns) or (rows, columns, kh, kw).
-
-        Raises:
-            AdapterError: If the factors share no rank.
-        """
-        check_rank(*self.tensors)
+        """float32, (rows, columns) or (rows, columns, kh, kw)."""
         if len(self.tensors) == 1:
             return self.tensors[0].float()
         a, b, *core = (tensor.float() for tensor in self.tensors)
-        try:
-            if core:
-                return tucker(core[0], a, b).unflatten(1, (b.shape[1], *core[0].shape[2:]))
-            return (a @ b.flatten(1)).unflatten(1, b.shape[1:])
-        except RuntimeError:  # torch's words for shapes that do not multiply
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
-            raise AdapterError(f"the factors {shapes} share no rank") from None
+        if core:
+            return tucker(core[0], a, b).view(a.shape[1], b.shape[1], *core[0].shape[2:])
+        return (a @ b.flatten(1)).view(len(a), *b.shape[1:])
+
+    def check(self) -> None:
+        """Refuse factors that do not multiply.
+
+        Raises:
+            AdapterError: If one is empty, or they share no rank.
+        """
+        check_rank(*self.tensors)
+        shapes = [tuple(tensor.shape) for tensor in self.tensors]
+        if not _multiply(*shapes):
+            raise AdapterError(f"the factors {', '.join(map(str, shapes))} share no rank")
+
+
+def _multiply(a: tuple[int, ...], b: tuple[int, ...] | None = None, core: tuple[int, ...] | None = None) -> bool:
+    """Whether these are the shapes of a whole, of two factors, or of two factors and Tucker's core."""
+    if b is None:
+        return True
+    if core is None:
+        return len(a) == 2 and len(b) in (2, 4) and a[1] == b[0]
+    return len(a) == len(b) == 2 and len(core) == 4 and core[:2] == (a[0], b[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +137,7 @@ class LokrAdapter(DenseAdapter):
             stop = min(rows.stop, (group + count) * height)
             part = total[start - rows.start : stop - rows.start]
             inner = w2[offset : offset + len(part) // count]
-            view = part.unflatten(0, (count, -1)).unflatten(2, (w1.shape[1], -1))
+            view = part.view(count, len(inner), w1.shape[1], -1)
             view.addcmul_(w1[group : group + count, None, :, None], inner[None, :, None, :])
             start = stop
 
@@ -146,6 +157,8 @@ def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> LokrAdap
     if not any(role.startswith("lokr_") for role in tensors) or not tensors.keys() <= ROLES | EXTRA:
         return None
     first, second = _part(tensors, "w1", ()), _part(tensors, "w2", ("lokr_t2",))
+    first.check()
+    second.check()
     rank = second.rank if second.rank is not None else first.rank
     return LokrAdapter(first, second, scale_of(tensors, rank, default_alpha))
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lib_lora.core.adapters.base import DenseAdapter, check_rank, matrix, number, wide
+from lib_lora.core.adapters.base import DenseAdapter, check_rank, matrix, norm, number, wide
 from lib_lora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -28,18 +28,27 @@ TINY = 1e-8
 """Added to ‖Q‖, as the trainers do."""
 
 
-def rotations(blocks: Tensor, constraint: float) -> Tensor:
-    """Cayley's R of each block, float32.
+def turns(blocks: Tensor, constraint: float) -> Tensor:
+    """Cayley's R of each block without its identity: R - I = 2Q(I - Q)⁻¹, float64.
+
+    Trained blocks are small, and a change of some thousandths would lose as many digits beside the identity.
 
     Args:
         blocks: (..., n, n), any floating dtype.
         constraint: Largest ‖Q‖ over all blocks together, 0 for none.
+
+    Returns:
+        NaN where a block holds NaN, or is so large that it can not be inverted.
     """
-    skew = blocks.float() - blocks.float().transpose(-1, -2)
+    wide_blocks = blocks.double()
+    skew = wide_blocks - wide_blocks.transpose(-1, -2)
     if constraint > 0:
-        skew = skew * (constraint / (skew.norm() + TINY)).clamp(max=1.0)
-    eye = torch.eye(skew.shape[-1], device=skew.device)
-    return (eye + skew) @ torch.linalg.inv(eye - skew) if skew.isfinite().all() else torch.full_like(skew, torch.nan)
+        length = norm(skew)
+        skew = skew * ((min(length, constraint) + TINY) / (length + TINY))
+    linalg: Any = torch.linalg  # has no types
+    inverse, failed = linalg.inv_ex(torch.eye(skew.shape[-1], dtype=skew.dtype) - skew)
+    change = 2.0 * skew @ inverse
+    return change.where((failed == 0)[..., None, None], torch.nan)
 
 
 def constraint_of(tensors: Mapping[str, Tensor], outputs: int) -> float:
@@ -120,18 +129,20 @@ class OftAdapter(DenseAdapter):
     @cached_property
     def _change(self) -> Tensor:
         """What W0's rows of a block are multiplied by, (count, n, n) float32: rescale · Rᵀ - I."""
-        turned = self.blocks.float() if self.is_rotation else rotations(self.blocks, self.constraint)
-        turned = turned.transpose(1, 2)
+        eye = torch.eye(self.blocks.shape[1], dtype=torch.float64)
+        change = self.blocks.double() - eye if self.is_rotation else turns(self.blocks, self.constraint)
+        change = change.transpose(1, 2)
         if self.rescale is not None:
-            turned = turned * self.rescale.float().view(*self.blocks.shape[:2], 1)
-        return turned - torch.eye(self.blocks.shape[1])
+            rescale = self.rescale.double().view(*self.blocks.shape[:2], 1)
+            change = change * rescale + (rescale - 1.0) * eye
+        return change.float()
 
     def add_to(self, total: Tensor, base: Tensor, rows: slice, factor: float, workspace: Workspace) -> None:
         """Add to the total: factor · (rescale · Rᵀ - I) · W0[rows], block by block."""
         size = self.row_step
         change = wide(self._change[rows.start // size : rows.stop // size], total)
-        part = wide(matrix(base[rows]), total).unflatten(0, (-1, size))
-        total.unflatten(0, (-1, size)).baddbmm_(change, part, alpha=factor)
+        blocks = (len(change), size, total.shape[1])
+        total.view(blocks).baddbmm_(change, wide(matrix(base[rows]), total).view(blocks), alpha=factor)
 
 
 def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> OftAdapter | None:
