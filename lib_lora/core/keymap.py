@@ -15,6 +15,7 @@ from lib_lora.core.places import places_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from lib_lora.core.mmdit_names import Rows
     from lib_lora.core.places import Place
 
 _WEIGHTS = ("weight", "in_proj_weight")
@@ -25,7 +26,12 @@ _SINGLE_FILE_PREFIXES = (
     ("conditioner.embedders.0.transformer.", "te1"),  # SDXL
     ("conditioner.embedders.1.model.", "te2"),
     ("conditioner.embedders.0.model.", "te2"),  # SDXL's refiner
+    ("text_encoders.clip_l.", "te1"),  # SD3, Flux
+    ("text_encoders.clip_g.", "te2"),
+    ("text_encoders.t5xxl.", "te3"),
 )
+_BARE_TRANSFORMERS = ("double_blocks.0.", "joint_blocks.0.")
+"""Names in checkpoints that hold a transformer alone, without any prefix, such as the one Flux was published as."""
 
 
 class _Weight(NamedTuple):
@@ -36,6 +42,18 @@ class _Weight(NamedTuple):
     module: nn.Module | None = None
 
 
+class Part(NamedTuple):
+    """Where a layer of a LoRA file acts in a model.
+
+    Attributes:
+        layer: A layer of the model.
+        rows: Which rows of the file's layer act there, in the order of the model's; empty for all, as they are.
+    """
+
+    layer: LayerRef
+    rows: tuple[Rows, ...] = ()
+
+
 class KeyMap:
     """The layers of a model, found by any of their names.
 
@@ -43,14 +61,14 @@ class KeyMap:
     norms and embeddings. Their biases are places of their own, behind them (`parameters`).
 
     Attributes:
-        components: Names of the components that have layers: ``unet``, ``te1``, ``te2``, ``transformer``.
+        components: Names of the components that have layers: ``unet`` or ``transformer``, ``te1``, ``te2``, ``te3``.
         base_model: The model's family.
     """
 
     def __init__(self, weights: Mapping[str, Sequence[_Weight]]) -> None:
         self._layers: dict[str, LayerRef] = {}
         self._biases: dict[str, LayerRef] = {}
-        self._spellings: dict[str, LayerRef] = {}
+        self._spellings: dict[str, list[Part]] = {}
         for component, entries in weights.items():
             self._add(component, entries)
         self.components = tuple(dict.fromkeys(layer.component for layer in self))
@@ -63,17 +81,20 @@ class KeyMap:
         """Layers of a live model.
 
         Args:
-            components: ``unet``, ``te1``, ``te2`` → module; diffusers, transformers, LDM or open_clip, also wrapped.
+            components: ``unet``, ``te1``, ``te2``, ``te3``, ``transformer`` → module; diffusers, transformers, LDM,
+                open_clip, or SD3's or Flux's original code, also wrapped.
         """
         return cls({component: list(_live_weights(module)) for component, module in components.items()})
 
     @classmethod
     def from_checkpoint(cls, shapes: Mapping[str, Sequence[int]]) -> KeyMap:
-        """Layers of a single-file checkpoint (SD1, SD2, SDXL); `LayerRef.parameter` is the checkpoint's own key.
+        """Layers of a single-file checkpoint; `LayerRef.parameter` is the checkpoint's own key.
 
         Args:
             shapes: Every tensor's name → shape.
         """
+        if any(name.startswith(_BARE_TRANSFORMERS) for name in shapes):
+            return cls.from_components({"unet": shapes})
         split: dict[str, dict[str, Sequence[int]]] = {}
         for name, shape in shapes.items():
             for prefix, component in _SINGLE_FILE_PREFIXES:
@@ -86,7 +107,7 @@ class KeyMap:
         """Layers of a checkpoint in several files, such as diffusers' folders.
 
         Args:
-            components: ``unet``, ``te1``, ``te2`` → names and shapes of its tensors.
+            components: ``unet``, ``te1``, ``te2``, ``te3``, ``transformer`` → names and shapes of its tensors.
         """
         return cls(
             {
@@ -96,8 +117,13 @@ class KeyMap:
         )
 
     def find(self, layer: str) -> LayerRef | None:
-        """The layer of a name as `naming.split_key` gives it, or None if the model has none."""
-        return self._spellings.get(layer)
+        """The layer of a name as `naming.split_key` gives it, or None if the model has none, or several (`parts`)."""
+        parts = self.parts(layer)
+        return parts[0].layer if len(parts) == 1 else None
+
+    def parts(self, layer: str) -> Sequence[Part]:
+        """Where a layer of a file acts, by its name; several layers where it is one weight there and not here."""
+        return self._spellings.get(_common(layer), ())
 
     @property
     def parameters(self) -> Sequence[LayerRef]:
@@ -114,7 +140,7 @@ class KeyMap:
         entries = list(entries)
         weights = {path: weight for weight in entries if (path := _path(weight.name, _WEIGHTS))}
         biases = {path: weight for weight in entries if (path := _path(weight.name, _BIASES))}
-        for place in places_of(component, list(weights)):
+        for place in places_of(component, {path: weight.shape for path, weight in weights.items()}):
             layer = _layer(component, place, weights[place.source])
             if self._layers.setdefault(layer.key, layer) is not layer:
                 continue
@@ -122,10 +148,23 @@ class KeyMap:
             if bias is not None:
                 self._biases[bias.key] = bias
             for spelling in place.spellings:
-                name = layer_name(component, spelling)
-                self._spellings.setdefault(name, layer)
+                name = _common(layer_name(component, spelling.path))
+                self._spell(name, Part(layer, spelling.rows))
                 if bias is not None:
-                    self._spellings.setdefault(name + BIAS, bias)
+                    self._spell(name + BIAS, Part(bias, spelling.rows))
+
+    def _spell(self, name: str, part: Part) -> None:
+        parts = self._spellings.setdefault(name, [])
+        if part.rows or not parts:
+            parts.append(part)
+
+
+def _common(layer: str) -> str:
+    """One name of layers that are in this component for one trainer, and in that for another."""
+    component, _, path = layer.partition(":")
+    if component == "transformer":
+        return f"unet:{path}"
+    return f"te3:{path}" if component == "te2" and path.startswith("encoder_block_") else layer
 
 
 def _path(name: str, attributes: Sequence[str]) -> str:
@@ -138,17 +177,16 @@ def _path(name: str, attributes: Sequence[str]) -> str:
 
 
 def _layer(component: str, place: Place, weight: _Weight, tail: str = "") -> LayerRef:
-    rows, shape = None, weight.shape
-    if place.third is not None:
-        height = shape[0] // 3
-        rows, shape = (place.third * height, (place.third + 1) * height), (height, *shape[1:])
+    shape = weight.shape
+    if place.rows is not None:
+        shape = (place.rows[1] - place.rows[0], *shape[1:])
     return LayerRef(
         key=f"{component}.{place.path}{tail}",
         component=component,
         block=block_of(component, place.ldm),
         shape=shape,
         parameter=weight.name,
-        rows=rows,
+        rows=place.rows,
         module=weight.module,
         attribute=weight.name.rpartition(".")[2],
     )
@@ -160,8 +198,8 @@ def _live_weights(root: nn.Module) -> Iterator[_Weight]:
         tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         for attribute in (*_WEIGHTS, *_BIASES):
             if attribute in tensors:
-                # A quantised Linear's weight is packed; its features are the layer's shape.
-                is_linear = isinstance(module, nn.Linear) and attribute == "weight"
-                linear = (module.out_features, module.in_features) if is_linear else None
-                shape = linear or tuple(tensors[attribute].shape)
+                shape = tuple(tensors[attribute].shape)
+                if isinstance(module, nn.Linear) and attribute == "weight":
+                    # A quantised Linear's weight is packed; its features are the layer's shape.
+                    shape = (module.out_features, module.in_features)
                 yield _Weight(f"{path}.{attribute}" if path else attribute, shape, module)

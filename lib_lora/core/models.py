@@ -33,7 +33,7 @@ class BaseModel(Enum):
         Args:
             shapes: Layer name (see `naming`) → shape of its weight, (out, in[, kh, kw]).
         """
-        return _of_names(shapes) or _of_widths(shapes) or cls.UNKNOWN
+        return _of_names(shapes) or _of_widths(shapes) or _of_joint_blocks(shapes) or _of_te2(shapes) or cls.UNKNOWN
 
     @classmethod
     def of_file(cls, shapes: Shapes, metadata: Mapping[str, str]) -> BaseModel:
@@ -43,15 +43,36 @@ class BaseModel(Enum):
             shapes: Layer name → shape of the weight it changes, (out, in[, kh, kw]), or () if that is not known.
             metadata: Header metadata as kohya's trainer and the ModelSpec standard write it.
         """
-        return _of_names(shapes) or _of_widths(shapes) or _of_metadata(metadata) or _of_clip_l(shapes) or cls.UNKNOWN
+        said = _of_metadata(metadata)
+        if family := _of_names(shapes) or _of_widths(shapes):
+            return family
+        if said in _WITH_MORE_TEXT_ENCODERS:
+            return said
+        if _has_blocks(shapes):
+            return cls.UNKNOWN
+        return _of_te2(shapes) or said or _of_clip_l(shapes) or cls.UNKNOWN
 
 
 _MARKERS = (
+    (re.compile(r"_(img|txt)_(mod_linear|mlp_fc[12])|_to_qkv_mlp_proj"), BaseModel.UNKNOWN),
     (re.compile(r"(double|single|single_transformer)_blocks_"), BaseModel.FLUX),
-    (re.compile(r"joint_blocks_|_attn_add_[qkv]_proj"), BaseModel.SD3),
-    (re.compile(r"^te2:|^unet:(add_embedding|label_emb)_|_[0-9]_transformer_blocks_[1-9]", re.M), BaseModel.SDXL),
+    (re.compile(r"joint_blocks_"), BaseModel.SD3),
+    (re.compile(r"^unet:(add_embedding|label_emb)_|_[0-9]_transformer_blocks_[1-9]", re.M), BaseModel.SDXL),
 )
-"""Text in layer names → family; the first that occurs counts. Only SDXL's UNet has transformers deeper than 1."""
+"""Text in layer names → family; the first that occurs counts. Only SDXL's UNet has transformers deeper than 1.
+
+The first line is Hunyuan Video and Flux 2, which have blocks named as Flux's.
+"""
+
+_BLOCK = re.compile(r"(unet|transformer):transformer_blocks_[0-9]+_(attn_|ff_|norm1_)")
+_BLOCK_INPUTS = re.compile(r"_attn_(to_[qkv]|to_out_0|to_add_out)$|_proj$|_norm1(_context)?_linear$")
+_BLOCK_WIDTHS = {1536: BaseModel.SD3, 2432: BaseModel.SD3, 3072: BaseModel.FLUX}
+"""Width of blocks that diffusers names alike in SD 3 and Flux → family; 2432 is SD 3.5 large."""
+_JOINT = "transformer_blocks_0_attn_add_q_proj"
+
+_WITH_MORE_TEXT_ENCODERS = (BaseModel.SDXL, BaseModel.SD3, BaseModel.FLUX)
+_TE2 = re.compile(r"^te2:(?!encoder_block_)", re.M)
+"""The second CLIP, of SDXL and SD 3; Flux's second text encoder is T5."""
 
 _CONTEXT_LAYERS = ("attn2_to_k", "attn2_to_v")
 _CONTEXT = {768: BaseModel.SD1, 1024: BaseModel.SD2, 2048: BaseModel.SDXL, 1280: BaseModel.SDXL}
@@ -82,7 +103,27 @@ def _of_names(shapes: Shapes) -> BaseModel | None:
     return next((family for marker, family in _MARKERS if marker.search(text)), None)
 
 
+def _has_blocks(shapes: Shapes) -> bool:
+    return any(_BLOCK.match(name) for name in shapes)
+
+
+def _of_joint_blocks(shapes: Shapes) -> BaseModel | None:
+    """SD 3 of any width: a whole model of these blocks without Flux's single ones."""
+    return BaseModel.SD3 if any(name.endswith(_JOINT) for name in shapes) else None
+
+
+def _of_te2(shapes: Shapes) -> BaseModel | None:
+    return BaseModel.SDXL if _TE2.search("\n".join(shapes)) else None
+
+
 def _of_widths(shapes: Shapes) -> BaseModel | None:
+    blocks = (
+        _BLOCK_WIDTHS.get(shape[1])
+        for name, shape in shapes.items()
+        if len(shape) > 1 and _BLOCK.match(name) and _BLOCK_INPUTS.search(name)
+    )
+    if family := next(filter(None, blocks), None):
+        return family
     contexts = [_CONTEXT[width] for width in _widths(shapes, "unet:", _CONTEXT_LAYERS) if width in _CONTEXT]
     if contexts:
         return contexts[0]
@@ -91,7 +132,7 @@ def _of_widths(shapes: Shapes) -> BaseModel | None:
 
 def _of_clip_l(shapes: Shapes) -> BaseModel | None:
     """The text encoder that says least."""
-    only_te = not any(name.startswith("unet:") for name in shapes)
+    only_te = not any(name.startswith(("unet:", "transformer:")) for name in shapes)
     return BaseModel.SD1 if only_te and _CLIP_L in _widths(shapes, "te1:", _TE_LAYERS) else None
 
 

@@ -7,7 +7,12 @@ spellings of the path.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+GROUP_SHOWN = 3
 
 
 class KeyParts(NamedTuple):
@@ -58,6 +63,9 @@ _PREFIXES = (
     _Prefix("cond_stage_model.model.", "te1", "ldm"),
     _Prefix("conditioner.embedders.0.transformer.", "te1", "ldm"),
     _Prefix("conditioner.embedders.1.model.", "te2", "ldm"),
+    _Prefix("text_encoders.clip_l.transformer.", "te1", "ldm"),
+    _Prefix("text_encoders.clip_g.transformer.", "te2", "ldm"),
+    _Prefix("text_encoders.t5xxl.transformer.", "te3", "ldm"),
     _Prefix("text_model.", "te1", "bare"),
     _Prefix("encoder.layers.", "te1", "bare", kept=True),
     _Prefix("", "unet", "bare"),
@@ -165,3 +173,12 @@ def _role(tail: list[str]) -> str:
     if len(tail) > 1 and tail[0] in _ADAPTER_NAMED and tail[1] not in ("weight", "bias"):
         tail = [tail[0], *tail[2:]]
     return _ROLES.get(".".join(tail), "")
+
+
+def group_names(layers: Iterable[str]) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Layer names by component: how many, and the first three without the component."""
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        component, _, path = layer.partition(":")
+        groups.setdefault(component, []).append(path)
+    return {component: (len(paths), tuple(paths[:GROUP_SHOWN])) for component, paths in groups.items()}

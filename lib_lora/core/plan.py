@@ -10,15 +10,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from lib_lora.core.adapters.padded import PaddedAdapter
+from lib_lora.core.adapters.rows import rows_of
 from lib_lora.core.naming import BIAS
 from lib_lora.core.numerics import Term
 from lib_lora.errors import BaseModelMismatchError, NamingError, NoLayersError, ShapeMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from lib_lora.core.adapters import WeightAdapter
-    from lib_lora.core.keymap import KeyMap
+    from lib_lora.core.keymap import KeyMap, Part
     from lib_lora.core.layers import LayerRef
     from lib_lora.core.network import Network
 
@@ -92,16 +93,17 @@ def match_network(keymap: KeyMap, network: Network) -> Match:
         BaseModelMismatchError: If it was made for another family than the model's.
         NamingError: If two names of the network mean one layer of the model.
         NoLayersError: If the model has none of its layers.
-        ShapeMismatchError: If a layer's ΔW has not the shape of the weight.
+        ShapeMismatchError: If a layer's ΔW has not the shape of the weight, or can not be divided where the model has
+            several layers for it.
     """
     if not network.base_model.compatible(keymap.base_model):
         raise BaseModelMismatchError(
             f"{network.name} was made for {network.base_model.value}, this model is {keymap.base_model.value}"
         )
-    places = {name: keymap.find(name) for name in network.adapters}
+    places = {name: keymap.parts(name) for name in network.adapters}
     _check_spellings(network, places)
-    layers = [(place, _fitted(network.adapters[name], place)) for name, place in places.items() if place is not None]
-    unmatched = [name for name, place in places.items() if place is None]
+    unmatched = [name for name, parts in places.items() if not parts]
+    layers = [pair for name, parts in places.items() for pair in _divided(network, name, parts)]
     if not layers:
         first = ", ".join([*unmatched, *network.unused][:3]) or "the file holds no tensors"
         raise NoLayersError(
@@ -112,6 +114,29 @@ def match_network(keymap: KeyMap, network: Network) -> Match:
     return Match(network, layers, unmatched)
 
 
+def _divided(network: Network, name: str, parts: Sequence[Part]) -> Iterator[tuple[LayerRef, WeightAdapter]]:
+    """The layers of the model that one of the file's acts on, and the adapter of each."""
+    adapter = network.adapters[name]
+    if not any(part.rows for part in parts):
+        yield from ((part.layer, _fitted(adapter, part.layer)) for part in parts)
+        return
+    whole = (sum(part.layer.shape[0] for part in parts), *parts[0].layer.shape[1:])
+    keys = ", ".join(part.layer.key for part in parts)
+    if not adapter.fits(whole):
+        raise ShapeMismatchError(
+            f"{network.name}: {name} has another shape than the model's {keys}: "
+            f"{whole} here, {adapter.shape_text()} in the LoRA"
+        )
+    for part in parts:
+        rows = rows_of(adapter, part.rows, part.layer.shape)
+        if rows is None:
+            raise ShapeMismatchError(
+                f"{network.name}: {name} {adapter.shape_text()} is {adapter.algorithm}, whose rows can not be divided "
+                f"among {keys}; convert the file to LoRA"
+            )
+        yield part.layer, rows
+
+
 def _fitted(adapter: WeightAdapter, place: LayerRef) -> WeightAdapter:
     """The adapter itself; for an inpainting model's first convolution, padded with zeros where it was made without."""
     narrow = place.narrow_shape
@@ -120,11 +145,12 @@ def _fitted(adapter: WeightAdapter, place: LayerRef) -> WeightAdapter:
     return PaddedAdapter(adapter, narrow[1], place.shape)
 
 
-def _check_spellings(network: Network, places: Mapping[str, LayerRef | None]) -> None:
+def _check_spellings(network: Network, places: Mapping[str, Sequence[Part]]) -> None:
     seen: dict[str, str] = {}
-    for name, place in places.items():
-        if place is not None and (other := seen.setdefault(place.key, name)) != name:
-            raise NamingError(f"{network.name}: {other} and {name} are two spellings of the layer {place.key}")
+    for name, parts in places.items():
+        for part in parts:
+            if (other := seen.setdefault(part.layer.key, name)) != name:
+                raise NamingError(f"{network.name}: {other} and {name} are two spellings of the layer {part.layer.key}")
 
 
 def _check_shapes(network: Network, layers: Sequence[tuple[LayerRef, WeightAdapter]]) -> None:

@@ -17,7 +17,7 @@ from lib_lora.core.adapters.base import DenseAdapter, Factors, check_rank, norm,
 from lib_lora.errors import AdapterError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -86,6 +86,11 @@ class LoraAdapter(DenseAdapter):
         if self.core is not None:
             return replace(self, up=self.up[:, :rank], core=self.core[:rank])
         return replace(self, up=self.up[:, :rank], down=self.down[:rank])
+
+    def of_rows(self, rows: Sequence[tuple[int, int]]) -> LoraAdapter:
+        """The update of these rows alone, in this order: ΔW[rows] = scale · up[rows] @ down."""
+        parts = [self.up[start:stop] for start, stop in rows]
+        return replace(self, up=parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def add_to(self, total: Tensor, base: Tensor, rows: slice, factor: float, workspace: Workspace) -> None:
         """Add to the total: factor · scale · up[rows] @ down."""

@@ -1,0 +1,90 @@
+"""Rows of an adapter that was made for a fused weight, for a model that has its parts as layers of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lib_lora.core.adapters.base import DenseAdapter
+from lib_lora.core.adapters.lora import LoraAdapter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from lib_lora.core.adapters.base import WeightAdapter
+    from lib_lora.core.workspace import Workspace
+
+    Rows = Sequence[tuple[int, int]]
+
+
+def rows_of(adapter: WeightAdapter, rows: Rows, layer_shape: tuple[int, ...]) -> WeightAdapter | None:
+    """An adapter whose ΔW is these rows of the given one's, in this order.
+
+    Args:
+        adapter: Of the fused weight.
+        rows: First and last + 1 row of each piece.
+        layer_shape: Shape of all pieces together.
+
+    Returns:
+        None if ΔW depends on the fused weight, which the model has not, or its rows are computed in blocks that lie
+        across the pieces.
+    """
+    if isinstance(adapter, LoraAdapter):
+        return adapter.of_rows(rows)
+    step = adapter.row_step
+    if adapter.needs_base or not step or any(start % step or stop % step for start, stop in rows):
+        return None
+    return RowsAdapter(adapter, rows, layer_shape)
+
+
+@dataclass(frozen=True, eq=False)
+class RowsAdapter(DenseAdapter):
+    """Rows of a dense ΔW that does not depend on the weight.
+
+    Attributes:
+        inner: The adapter of the fused weight.
+        rows: First and last + 1 row of each piece, multiples of the inner `row_step`.
+        layer_shape: Shape of all pieces together.
+    """
+
+    inner: WeightAdapter
+    rows: Rows
+    layer_shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The layer's."""
+        return self.layer_shape
+
+    @property
+    def algorithm(self) -> str:
+        """Of the adapter inside."""
+        return self.inner.algorithm
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter inside."""
+        return self.inner.rank
+
+    @property
+    def row_step(self) -> int:
+        """Of the adapter inside."""
+        return self.inner.row_step
+
+    def bound(self, base_peak: float = 1.0) -> float:
+        """Of the adapter inside: no row of it is larger."""
+        return self.inner.bound(base_peak)
+
+    def add_to(self, total: Tensor, base: Tensor, rows: slice, factor: float, workspace: Workspace) -> None:
+        """Add to the total: factor · ΔW[rows], piece by piece."""
+        # the adapter inside reads the shape and the device only
+        whole = base.new_empty(()).expand(self.inner.shape[0], *base.shape[1:])
+        first = 0
+        for start, stop in self.rows:
+            low, high = max(rows.start, first), min(rows.stop, first + stop - start)
+            if low < high:
+                inside = slice(start + low - first, start + high - first)
+                self.inner.add_to(total[low - rows.start : high - rows.start], whole, inside, factor, workspace)
+            first += stop - start
