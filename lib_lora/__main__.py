@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lib_lora.hosts.standalone.loading import LoadedModel
     from lib_lora.session import LoraSession
-    from lib_lora.tools.inspect import Inspection
+    from lib_lora.tools.inspect import Fit, Inspection
 
 # What diffusers and transformers say about themselves is not for users of a command line.
 QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
@@ -150,6 +150,7 @@ def _next_free(folder: Path, seed: int) -> Path:
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--model", type=Path, help="checkpoint or diffusers folder to lay the LoRA over")
     parser.add_argument("--json", action="store_true")
 
 
@@ -157,7 +158,7 @@ def _inspect(arguments: argparse.Namespace, _: list[str]) -> None:
     """Say what a file is: base model, algorithm, ranks, alphas, norms per block, NaN, metadata."""
     from lib_lora.tools.inspect import inspect_file
 
-    inspection = inspect_file(arguments.file)
+    inspection = inspect_file(arguments.file, arguments.model)
     _tell(inspection.to_dict(), _inspection_text(inspection), as_json=arguments.json)
 
 
@@ -165,6 +166,7 @@ def _inspection_text(found: Inspection) -> str:
     rows = {
         "file": f"{found.path}, {found.size / 1e6:.2f} MB, {found.tensors} tensors",
         "kind": f"{found.kind} for {found.base_model or 'an unknown model'}",
+        "base model from": found.base_model_from,
         "hash": f"{found.sha256[:12]} (as in infotexts), {found.sha256}",
         "dtypes": _counts(found.dtypes),
         "layouts": _counts(found.layouts),
@@ -172,6 +174,9 @@ def _inspection_text(found: Inspection) -> str:
         "ranks": _counts(Counter(layer.rank for layer in found.layers)),
         "alphas": _counts(Counter(f"{layer.alpha:g}" for layer in found.layers if layer.alpha is not None)),
         "norm by block": ", ".join(f"{block} {norm:.3g}" for block, norm in found.block_norms().items()),
+        "share by block": ", ".join(f"{block} {share:.0%}" for block, share in found.block_shares().items()),
+        "embeddings": ", ".join(found.embeddings),
+        "on the model": _fit_text(found.fit),
         "NaN or infinity": _some(found.not_finite) or "none",
         "unused keys": _some(found.unused),
         "notes": "; ".join(found.notes),
@@ -179,6 +184,13 @@ def _inspection_text(found: Inspection) -> str:
     }
     rows |= {f"metadata {key}": textwrap.shorten(value, METADATA_SHOWN) for key, value in found.metadata.items()}
     return "\n".join(f"{key:16} {value}" for key, value in rows.items() if value)
+
+
+def _fit_text(fit: Fit | None) -> str:
+    if fit is None:
+        return ""
+    missing = "; ".join(f"{part} lacks {count}: {', '.join(first)}" for part, (count, first) in fit.missing.items())
+    return fit.problem or f"{fit.matched} of {fit.total} layers exist in this {fit.model} model {missing}".rstrip()
 
 
 def _counts(counts: Mapping[Any, int]) -> str:

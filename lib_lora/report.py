@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -21,7 +22,13 @@ class AppliedLora:
         layers: Layers of the model it changes.
         unmatched: Layers of the file that the model has not.
         rank: Largest rank of a layer.
-        algorithm: Such as ``LoRA``.
+        algorithm: Of most layers, such as ``LoRA``.
+        algorithms: Algorithm → number of layers.
+        ranks: The ranks that occur, ascending.
+        base_model: The family it was made for.
+        base_model_from: What tells it.
+        missing: Component → how many of its layers the model has not, and the first three.
+        embeddings: Names of textual inversions that come with it.
     """
 
     name: str
@@ -32,12 +39,20 @@ class AppliedLora:
     unmatched: int
     rank: int
     algorithm: str
+    algorithms: Mapping[str, int] = field(default_factory=dict[str, int])
+    ranks: tuple[int, ...] = ()
+    base_model: str = ""
+    base_model_from: str = ""
+    missing: Mapping[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict[str, "tuple[int, tuple[str, ...]]"])
+    embeddings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """One line."""
         total = self.layers + self.unmatched
         strength = f"{self.unet:g}" if self.te == self.unet else f"te {self.te:g}, unet {self.unet:g}"
-        return f"{self.name} at {strength}: {self.algorithm} rank {self.rank}, {self.layers} of {total} layers"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.algorithms.items())
+        mixed = f" ({kinds})" if len(self.algorithms) > 1 else ""
+        return f"{self.name} at {strength}: {self.algorithm} rank {self.rank}{mixed}, {self.layers} of {total} layers"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lib_lora.core.files import FileIdentity
+from lib_lora.core.naming import group_names
 from lib_lora.core.network import load_network
 from lib_lora.core.plan import match_network
 from lib_lora.errors import PrefuseError
@@ -57,6 +58,12 @@ class ResolvedLora:
             unmatched=self.match.total - self.match.matched,
             rank=max(self.network.ranks, default=0),
             algorithm=self.network.algorithm,
+            algorithms=self.network.algorithms,
+            ranks=self.network.ranks,
+            base_model=self.network.base_model.value,
+            base_model_from=self.network.base_model_from,
+            missing=group_names(self.match.unmatched),
+            embeddings=tuple(self.network.embeddings),
         )
 
 

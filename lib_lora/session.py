@@ -9,13 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from lib_lora.catalog import LoraCatalog
 from lib_lora.core.base_store import choose_store
+from lib_lora.core.blocks import OUTSIDE
 from lib_lora.core.checkpoint import layer_tensors
-from lib_lora.core.hooks import HookedLayers, divide
+from lib_lora.core.division import divide
+from lib_lora.core.hooks import HookedLayers
 from lib_lora.core.keymap import KeyMap
 from lib_lora.core.memory import return_memory
-from lib_lora.core.patcher import ApplyReport, ModelPatcher
+from lib_lora.core.norms import delta_norm, shares
+from lib_lora.core.patch_state import ApplyReport
+from lib_lora.core.patcher import ModelPatcher
 from lib_lora.core.plan import Scale, make_plan
 from lib_lora.errors import ForeignWriteError, ModelError, NetworkError, TagError, UnknownLoraError
 from lib_lora.prompt.tags import ParsedPrompt, parse_numbers, parse_prompt
@@ -30,7 +36,7 @@ if TYPE_CHECKING:
     from lib_lora.core.base_store import StoreKind
     from lib_lora.core.layers import LayerRef
     from lib_lora.core.models import BaseModel
-    from lib_lora.core.patcher import Rounding
+    from lib_lora.core.patch_state import Rounding
     from lib_lora.core.plan import Compat, FusePlan
     from lib_lora.report import AppliedLora
     from lib_lora.resolve import ResolvedLora
@@ -140,6 +146,28 @@ class LoraSession:
         """The LoRAs that are in the model now."""
         return self._report.applied
 
+    def block_shares(self, name: str) -> dict[str, float]:
+        """Where an active LoRA acts: block → part of its whole change (Σ‖ΔW‖² at strength 1), sorted by block.
+
+        Args:
+            name: As its request wrote it.
+
+        Raises:
+            UnknownLoraError: If no such LoRA is active.
+        """
+        with self._lock, torch.no_grad():
+            lora = self._active(name)
+            return shares(
+                (layer.block or OUTSIDE, delta_norm(adapter, self._patcher.base(layer)))
+                for layer, adapter in lora.match.layers
+            )
+
+    def _active(self, name: str) -> ResolvedLora:
+        for lora in self._loras:
+            if lora.request.name == name:
+                return lora
+        raise UnknownLoraError(f"{name!r} is not active; set it first")
+
     @property
     def applied_key(self) -> str:
         """Names everything that decides the weights now; equal keys mean equal pictures."""
@@ -208,9 +236,7 @@ class LoraSession:
         """
         with self._lock:
             text, requests = self._report.text, [lora.request for lora in self._loras]
-            moving = next((lora for lora in self._loras if lora.request.name == name), None)
-            if moving is None:
-                raise UnknownLoraError(f"{name!r} is not active; set it first")
+            moving = self._active(name)
             layers = [layer for layer, _ in moving.match.layers]
             previews = self._mode == "prefuse" and all(
                 layer.is_rewritable and not adapter.needs_base for layer, adapter in moving.match.layers

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lib_lora.core.files import map_checkpoint
 from lib_lora.core.keymap import KeyMap
+from lib_lora.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,37 @@ if TYPE_CHECKING:
 
 _FOLDERS = {"unet": "unet", "text_encoder": "te1", "text_encoder_2": "te2", "transformer": "transformer"}
 """A file in one of these folders holds that component alone, as diffusers saves models."""
+
+
+def model_files(model: Path) -> list[Path]:
+    """The .safetensors files of a model: itself, or those of a diffusers folder.
+
+    Raises:
+        ModelError: If there are none.
+    """
+    folders = [model / name for name in _FOLDERS]
+    files = (
+        [model] if model.is_file() else [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    )
+    if not files:
+        raise ModelError(f"{model} is no .safetensors checkpoint and no diffusers folder that holds such files")
+    return files
+
+
+def model_keymap(model: Path) -> KeyMap:
+    """Layers of a model on disk; only the headers of its files are read.
+
+    Raises:
+        FileError: If a file can not be read.
+        ModelError: If the model has no such files.
+    """
+    components: dict[str, dict[str, tuple[int, ...]]] = {}
+    for file in model_files(model):
+        shapes = {name: info.shape for name, info in map_checkpoint(file).header.tensors.items()}
+        if (component := _FOLDERS.get(file.parent.name)) is None:
+            return KeyMap.from_checkpoint(shapes)
+        components.setdefault(component, {}).update(shapes)
+    return KeyMap.from_components(components)
 
 
 def layer_tensors(layers: Iterable[LayerRef], files: Sequence[Path]) -> dict[str, Tensor]:

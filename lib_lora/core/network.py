@@ -35,6 +35,7 @@ class Network:
         identity: Which bytes these are; part of every plan key.
         metadata: The file's header metadata.
         base_model: The family it was made for, read from its layers, else from its metadata.
+        base_model_from: What tells it: its layers' names, their widths, or its metadata.
         adapters: Layer name (see `naming`) → adapter; a bias has a name of its own.
         unused: Keys that are no LoRA tensors.
         embeddings: Name → tensors of a textual inversion that comes with the LoRA; kept for the host.
@@ -50,6 +51,7 @@ class Network:
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     dyn: int | None = None
+    base_model_from: str = ""
     embeddings: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict[str, "Mapping[str, Tensor]"])
 
     @cached_property

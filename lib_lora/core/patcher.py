@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 
 from lib_lora.core import numerics
-from lib_lora.core.fingerprint import Change, Sample, compare, samples
+from lib_lora.core.fingerprint import Change, compare, samples
 from lib_lora.core.layers import LayerRef, is_fp8
+from lib_lora.core.patch_state import DIRTY, STATE_ATTRIBUTE, ApplyReport, PatchState
 from lib_lora.core.webui_rounding import fuse_layer_a1111
 from lib_lora.core.workspace import Workspace
 from lib_lora.errors import ForeignWriteError, FuseMemoryError, NonFiniteError
@@ -21,57 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lib_lora.core.base_store import BaseStore
-    from lib_lora.core.plan import Compat, FusePlan, LayerPatch, PatchKey
+    from lib_lora.core.patch_state import AppliedKey, Rounding
+    from lib_lora.core.plan import Compat, FusePlan, LayerPatch
 
-    AppliedKey: TypeAlias = "tuple[Compat, Rounding, PatchKey]"
-
-Rounding = Literal["nearest", "stochastic"]
-
-STATE_ATTRIBUTE = "_prefuse_state"
 OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
-DIRTY: AppliedKey = ("exact", "nearest", (("being written",), (0.0,)))
 WIDE_PEAK = 1e6
 """Taken for max |W0| of types with float32's range, where reading it would tell nothing."""
-
-
-@dataclass
-class PatchState:
-    """What is fused into a model. It lives on the model's own modules, so it goes when they go.
-
-    Attributes:
-        store: The base weights of every layer that was ever touched.
-        layers: Layer key → place, of the layers in the store.
-        applied: Layer key → what is fused there now; base layers are not listed.
-        samples: Layer key → sample of the weight as we left it.
-        peaks: Layer key → max |W0|, where it had to be known.
-        plan_key: Key of the applied plan, ``""`` for the base.
-        generation: Grows with every change of a weight.
-    """
-
-    store: BaseStore
-    layers: dict[str, LayerRef] = field(default_factory=dict[str, "LayerRef"])
-    applied: dict[str, AppliedKey] = field(default_factory=dict[str, "AppliedKey"])
-    samples: dict[str, Sample] = field(default_factory=dict[str, Sample])
-    peaks: dict[str, float] = field(default_factory=dict[str, float])
-    plan_key: str = ""
-    generation: int = 0
-
-
-@dataclass(frozen=True)
-class ApplyReport:
-    """What one `apply` or `restore` did.
-
-    Attributes:
-        written: Layers that were fused.
-        restored: Layers that got their base back.
-        milliseconds: Wall time.
-        notes: Sentences for the user.
-    """
-
-    written: tuple[LayerRef, ...] = ()
-    restored: tuple[LayerRef, ...] = ()
-    milliseconds: float = 0.0
-    notes: tuple[str, ...] = ()
 
 
 class ModelPatcher:
@@ -110,6 +65,11 @@ class ModelPatcher:
     def store(self) -> BaseStore:
         """Where the base weights are."""
         return self._state.store
+
+    def base(self, layer: LayerRef) -> Tensor:
+        """The untouched weight of a layer, fused or not; not to be written to."""
+        live = layer.live()
+        return self._base(layer, live) if layer.key in self._state.layers else live
 
     def apply(self, plan: FusePlan) -> ApplyReport:
         """Make the weights what the plan says; layers that are so already are not touched.

@@ -6,16 +6,20 @@ import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lib_lora.core.adapters import is_low_rank
-from lib_lora.core.blocks import block_of
+from lib_lora.core.blocks import OUTSIDE, block_of
+from lib_lora.core.checkpoint import layer_tensors, model_files, model_keymap
 from lib_lora.core.files import data_sha256, read_lora_file
 from lib_lora.core.keymap import KeyMap
-from lib_lora.core.naming import split_key
+from lib_lora.core.naming import BIAS, group_names, split_key
 from lib_lora.core.network import network_from_file
+from lib_lora.core.norms import delta_norm, shares
+from lib_lora.core.plan import match_network
 from lib_lora.errors import PrefuseError
 
 if TYPE_CHECKING:
@@ -24,11 +28,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lib_lora.core.adapters import Factors, WeightAdapter
+    from lib_lora.core.adapters import WeightAdapter
     from lib_lora.core.files import LoraFile
     from lib_lora.core.network import Network
 
-OUTSIDE = "other"
 DIFFUSERS_LAYERS_PER_BLOCK = 2
 _DOWN = re.compile(r"down_blocks_(\d+)_(?:resnets|attentions)_(\d+)_")
 _UP = re.compile(r"up_blocks_(\d+)_(?:resnets|attentions|upsamplers)_(\d+)_")
@@ -58,8 +61,27 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """How a LoRA lies over a model.
+
+    Attributes:
+        model: The model's family.
+        matched: Layers of the file that the model has.
+        total: Layers of the file.
+        missing: Component → number of the layers that the model has not, and the first three.
+        problem: Why it can not be applied there, or None.
+    """
+
+    model: str
+    matched: int
+    total: int
+    missing: Mapping[str, tuple[int, tuple[str, ...]]]
+    problem: str | None
+
+
+@dataclass(frozen=True)
 class Inspection:
-    """Everything that can be said of a file without a model.
+    """Everything that can be said of a file.
 
     Attributes:
         path: The file.
@@ -67,15 +89,18 @@ class Inspection:
         sha256: Of the bytes after the header: what the WebUI calls a LoRA's hash, in full.
         kind: ``LoRA``, ``checkpoint`` or ``unknown``.
         base_model: The family.
+        base_model_from: What tells it.
         tensors: How many.
         dtypes: Number of tensors of each dtype.
         layouts: Number of keys of each way of writing layer names.
         layers: The layers of a LoRA that can be applied.
         unused: Keys that are no LoRA tensors.
+        embeddings: Names of textual inversions that come with the LoRA.
         not_finite: Names of tensors with NaN or infinity.
         notes: What was tolerated.
         problem: Why the file can not be applied, or None.
         metadata: The header's texts.
+        fit: How it lies over the model that was given, or None.
     """
 
     path: str
@@ -83,15 +108,22 @@ class Inspection:
     sha256: str
     kind: str
     base_model: str
+    base_model_from: str
     tensors: int
     dtypes: Mapping[str, int]
     layouts: Mapping[str, int]
     layers: tuple[LayerFacts, ...]
     unused: tuple[str, ...]
+    embeddings: tuple[str, ...]
     not_finite: tuple[str, ...]
     notes: tuple[str, ...]
     problem: str | None
     metadata: Mapping[str, str]
+    fit: Fit | None = None
+
+    def block_shares(self) -> dict[str, float]:
+        """Block → part of the whole change (Σ‖ΔW‖²) that lies there."""
+        return shares((layer.block, layer.norm) for layer in self.layers)
 
     def block_norms(self) -> dict[str, float]:
         """Block → √Σ‖ΔW‖², in the order of the blocks' names; layers without a norm are left out."""
@@ -103,17 +135,23 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self) | {"blocks": self.block_norms()}
+        return asdict(self) | {"blocks": self.block_norms(), "block_shares": self.block_shares()}
 
 
-def inspect_file(path: Path) -> Inspection:
+def inspect_file(path: Path, model: Path | None = None) -> Inspection:
     """Look at a file; a LoRA that could not be applied is described too, with the reason.
 
+    Args:
+        path: The file.
+        model: A checkpoint (.safetensors) or diffusers folder that the LoRA is laid over, or None.
+
     Raises:
-        FileError: If the file can not be read at all.
+        FileError: If a file can not be read at all.
+        ModelError: If the model has no weights in .safetensors files.
     """
     file = read_lora_file(path)
     network, problem = _interpret(file)
+    fit, norms = _fit(network, model) if network and model else (None, {})
     checkpoint = KeyMap.from_checkpoint({name: tuple(tensor.shape) for name, tensor in file.tensors.items()})
     is_checkpoint = len(checkpoint) > 0 and not (network and network.adapters)
     base_model = checkpoint.base_model if is_checkpoint else network.base_model if network else None
@@ -124,16 +162,36 @@ def inspect_file(path: Path) -> Inspection:
         sha256=data_sha256(path),
         kind="checkpoint" if is_checkpoint else "LoRA" if any(parts) else "unknown",
         base_model=base_model.value if base_model else "",
+        base_model_from=network.base_model_from if network and not is_checkpoint else "",
         tensors=len(file.tensors),
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values())),
         layouts=dict(Counter(part.layout for part in parts if part)),
-        layers=layer_facts(network.adapters) if network and not is_checkpoint else (),
+        layers=layer_facts(network.adapters, norms) if network and not is_checkpoint else (),
         unused=network.unused if network and not is_checkpoint else (),
+        embeddings=tuple(network.embeddings) if network else (),
         not_finite=tuple(not_finite(file.tensors)),
         notes=network.notes if network else (),
         problem=None if is_checkpoint else problem,
         metadata=dict(file.metadata),
+        fit=fit,
     )
+
+
+def _fit(network: Network, model: Path) -> tuple[Fit, dict[str, float | None]]:
+    """How the network lies over a model, and the norms of its layers there, by layer name."""
+    keymap = model_keymap(model)
+    try:
+        match = match_network(keymap, network)
+    except PrefuseError as error:
+        return Fit(keymap.base_model.value, 0, len(network.adapters), {}, str(error)), {}
+    weights = layer_tensors((layer for layer, adapter in match.layers if adapter.needs_base), model_files(model))
+    norms = {
+        name: delta_norm(network.adapters[name], weights[place.key])
+        for name in network.adapters
+        if (place := keymap.find(name)) is not None and place.key in weights
+    }
+    fit = Fit(keymap.base_model.value, match.matched, match.total, group_names(match.unmatched), None)
+    return fit, norms
 
 
 def _interpret(file: LoraFile) -> tuple[Network | None, str | None]:
@@ -154,27 +212,22 @@ def not_finite(tensors: Mapping[str, Tensor]) -> Iterable[str]:
             yield name
 
 
-def layer_facts(adapters: Mapping[str, WeightAdapter]) -> tuple[LayerFacts, ...]:
-    """Facts of each layer of a network."""
-    return tuple(_layer_facts(name, adapter) for name, adapter in adapters.items())
-
-
-def _layer_facts(name: str, adapter: WeightAdapter) -> LayerFacts:
-    factors = adapter.factors() if is_low_rank(adapter) else None
-    alpha = factors.scale * adapter.rank if factors else None
-    norm = factors_norm(factors) if factors else None
-    return LayerFacts(name, block_of_layer(name), adapter.algorithm, adapter.rank, alpha, norm)
-
-
-def factors_norm(factors: Factors) -> float:
-    """‖ΔW‖ of a low-rank update without forming ΔW: ‖BA‖² = Σ (BᵀB ∘ AAᵀ), with B = up and A = down.
+def layer_facts(
+    adapters: Mapping[str, WeightAdapter], norms: Mapping[str, float | None] = MappingProxyType({})
+) -> tuple[LayerFacts, ...]:
+    """Facts of each layer of a network.
 
     Args:
-        factors: up (out, rank), down (rank, in), any floating dtype; computed in float64.
+        adapters: Layer name → adapter.
+        norms: Layer name → ‖ΔW‖ that is known already.
     """
-    up, down = factors.up.double(), factors.down.double()
-    square = ((up.T @ up) * (down @ down.T)).sum().item()
-    return abs(factors.scale) * math.sqrt(max(square, 0.0))
+    return tuple(_layer_facts(name, adapter, norms.get(name)) for name, adapter in adapters.items())
+
+
+def _layer_facts(name: str, adapter: WeightAdapter, known: float | None) -> LayerFacts:
+    alpha = adapter.factors().scale * adapter.rank if is_low_rank(adapter) else None
+    value = delta_norm(adapter) if known is None else known
+    return LayerFacts(name, block_of_layer(name.removesuffix(BIAS)), adapter.algorithm, adapter.rank, alpha, value)
 
 
 def block_of_layer(name: str) -> str:
