@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +16,7 @@ from lib_lora.core.plan import Scale, make_plan, match_network
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 STRENGTHS = (0.0, 0.5, 1.0, -0.7)
 DELTA_ERROR = 1e-6

@@ -30,6 +30,8 @@ LOADERS: tuple[Loader, ...] = (
 )
 DECOMPOSABLE: tuple[Loader, ...] = (lora.load, loha.load, lokr.load)
 """What DoRA's magnitudes can stand beside."""
+SETTINGS_ELSEWHERE = {"oft_R.weight": "PEFT's OFT", "boft_R": "PEFT's BOFT"}
+"""Role → algorithm that can not be read: a block's number of inputs, its series or its eps are settings."""
 
 
 def load_adapter(tensors: Mapping[str, Tensor], default_alpha: float | None = None) -> WeightAdapter:
@@ -46,6 +48,11 @@ def load_adapter(tensors: Mapping[str, Tensor], default_alpha: float | None = No
     for load in LOADERS if len(inner) == len(tensors) else DECOMPOSABLE:
         if (adapter := load(inner, default_alpha)) is not None:
             return dora.wrap(adapter, tensors)
+    for role, algorithm in SETTINGS_ELSEWHERE.items():
+        if role in tensors:
+            raise AdapterError(
+                f"{algorithm} depends on settings that the file does not hold; merge it where it was made"
+            )
     raise AdapterError(f"no known algorithm has the tensors {', '.join(sorted(tensors))}")
 
 

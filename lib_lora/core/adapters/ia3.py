@@ -1,7 +1,7 @@
 """IA3: ΔW = W0 · w, one number for each input or each output of a layer.
 
 Sources: Liu et al. 2022 (arXiv 2205.05638); LyCORIS `modules/ia3.py` (``weight``, ``on_input``: a change, 0 at first);
-PEFT `tuners/ia3` (``ia3_l``: a factor, 1 at first).
+PEFT `tuners/ia3` (``ia3_l``: a factor, 1 at first; of outputs it scales the bias too).
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ class Ia3Adapter(DenseAdapter):
     Attributes:
         weight: (channels,), any floating dtype; 0 changes nothing.
         on_input: Whether the channels are the layer's inputs.
+        scales_bias: Whether a layer's bias is scaled with its outputs.
     """
 
     weight: Tensor
     on_input: bool
+    scales_bias: bool = False
 
     algorithm = "IA3"
     needs_base = True
@@ -71,7 +73,8 @@ class Ia3Adapter(DenseAdapter):
 def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> Ia3Adapter | None:
     """Read ``weight`` (channels,) or (1, channels, 1, 1) with ``on_input``, or PEFT's ``ia3_l``.
 
-    PEFT's vector lies along the side it scales: (1, in) inputs, (out, 1) outputs, and (1, out, 1, 1) of a convolution.
+    PEFT's vector lies along the side it scales: (1, in) inputs, (out, 1) outputs. A convolution's is
+    (1, channels, 1, 1) in either case, and is taken as the outputs'.
 
     Raises:
         AdapterError: If it is no vector, or `on_input` is no number.
@@ -87,4 +90,4 @@ def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> Ia3Adapt
     check_rank(weight)
     if max(weight.shape, default=0) != weight.numel():
         raise AdapterError(f"the factors have the shape {tuple(weight.shape)}, one for each channel was expected")
-    return Ia3Adapter(weight.flatten(), on_input)
+    return Ia3Adapter(weight.flatten(), on_input, scales_bias="ia3_l" in tensors and not on_input)
