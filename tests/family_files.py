@@ -94,7 +94,7 @@ def write(path: Path, layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapp
         metadata: Of the header.
     """
     tensors = {
-        f"{NAMES.get(layer, layer)}.{suffix}": tensor.detach().contiguous()
+        f"{NAMES.get(layer, layer)}.{suffix}": tensor.detach().clone(memory_format=torch.contiguous_format)
         for layer, parts in layers.items()
         for suffix, tensor in parts.items()
     }

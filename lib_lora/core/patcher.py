@@ -207,7 +207,7 @@ class ModelPatcher:
 
     def _kernel(self, base: Tensor, patch: LayerPatch, out: Tensor, compat: Compat) -> None:
         if compat == "a1111":
-            fuse_layer_a1111(base, patch.terms, out)
+            fuse_layer_a1111(base, patch.terms, out, patch.layer)
         else:
             seed = patch.seed if self._rounding(patch.layer) == "stochastic" else None
             numerics.fuse_layer(base, patch.terms, out, self._workspace, seed)

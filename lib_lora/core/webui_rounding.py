@@ -8,10 +8,12 @@ Source: https://github.com/AUTOMATIC1111/stable-diffusion-webui, extensions-buil
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import singledispatch
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lib_lora.core.adapters.boft import BoftAdapter
 from lib_lora.core.adapters.dora import DoraAdapter
@@ -27,14 +29,16 @@ from lib_lora.core.layers import is_fp8
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
     from lib_lora.core.adapters import WeightAdapter
+    from lib_lora.core.layers import LayerRef
     from lib_lora.core.numerics import Term
 
 
-def fuse_layer_a1111(base: Tensor, terms: Sequence[Term], out: Tensor) -> None:
+def fuse_layer_a1111(base: Tensor, terms: Sequence[Term], out: Tensor, layer: LayerRef | None = None) -> None:
     """As the WebUI does it: one LoRA after another in prompt order, rounded at every operation.
 
     Args:
@@ -42,12 +46,31 @@ def fuse_layer_a1111(base: Tensor, terms: Sequence[Term], out: Tensor) -> None:
             before one rounding (the WebUI itself starts from the master for each LoRA and keeps the last one only).
         terms: The summands in prompt order.
         out: Of base's shape and device.
+        layer: Whose parameter it is; None stands for a Linear's or a convolution's weight.
     """
-    weight = base.to(torch.float16) if is_fp8(base.dtype) else base
+    weight = base
     for adapter, factor in terms:
-        updown = delta_weight(adapter, weight) * factor
-        weight = (weight.to(updown.dtype) + updown).to(weight.dtype)
+        wide = weight.to(torch.float16) if is_fp8(weight.dtype) else weight
+        with _as_called(wide):
+            updown = delta_weight(adapter, wide) * factor
+        addend = wide if layer is not None and _is_added_to(layer) else wide.to(updown.dtype)
+        weight = (addend + updown).to(weight.dtype)
     out.copy_(weight)
+
+
+def _is_added_to(layer: LayerRef) -> bool:
+    """Whether ΔW is added in the wider of the two types: to biases and to MultiheadAttention's projections.
+
+    Any other weight is brought to ΔW's type before.
+    """
+    return layer.attribute != "weight" or isinstance(layer.module, NonDynamicallyQuantizableLinear)
+
+
+def _as_called(weight: Tensor) -> AbstractContextManager[object]:
+    """The WebUI computes ΔW inside of a forward, under autocast if the model is in fp16 on CUDA."""
+    if weight.device.type == "cuda" and weight.dtype == torch.float16:
+        return torch.autocast("cuda", torch.float16)
+    return nullcontext()
 
 
 @singledispatch
@@ -112,11 +135,11 @@ def _full(adapter: FullAdapter, weight: Tensor) -> Tensor:
 
 @delta_weight.register(Ia3Adapter)
 def _ia3(adapter: Ia3Adapter, weight: Tensor) -> Tensor:
-    """In the wider of the two types."""
-    if weight.ndim != 2:
-        return adapter.delta_weight(weight).to(weight.dtype)
+    """In the wider of the two types; outputs of convolutions are beyond the WebUI."""
     factors = adapter.weight.to(weight.device)
-    return weight * (factors if adapter.on_input else factors.reshape(-1, 1))
+    if adapter.on_input:
+        return weight * factors.view(-1, *[1] * (weight.ndim - 2))
+    return weight * factors.view(-1, 1) if weight.ndim == 2 else adapter.delta_weight(weight).to(weight.dtype)
 
 
 @delta_weight.register(GloraAdapter)
@@ -134,7 +157,7 @@ def _glora(adapter: GloraAdapter, weight: Tensor) -> Tensor:
 def _oft(adapter: OftAdapter, weight: Tensor) -> Tensor:
     """Rotations in float32, their product with the weight in the weight's type."""
     turns = adapter.blocks if adapter.is_rotation else _rotations(adapter.blocks, adapter.constraint)
-    parts = weight.unflatten(0, (len(turns), -1))
+    parts = weight.reshape(len(turns), -1, *weight.shape[1:])
     merged = torch.einsum("knm,kn...->km...", turns.to(weight.device, weight.dtype), parts).flatten(0, 1)
     return _rescaled(merged, adapter.rescale) - weight
 
@@ -142,21 +165,27 @@ def _oft(adapter: OftAdapter, weight: Tensor) -> Tensor:
 @delta_weight.register(BoftAdapter)
 def _boft(adapter: BoftAdapter, weight: Tensor) -> Tensor:
     """As OFT, stage by stage."""
-    merged = weight
+    merged, rest = weight, weight.shape[1:]
     for stage, turn in enumerate(_rotations(adapter.blocks, adapter.constraint).to(weight.device, weight.dtype)):
         distance = 2**stage * turn.shape[-1] // 2
-        merged = merged.unflatten(0, (-1, 2, distance)).transpose(1, 2).flatten(0, 2)
-        merged = torch.einsum("bij,bj...->bi...", turn, merged.unflatten(0, (-1, turn.shape[-1]))).flatten(0, 1)
-        merged = merged.unflatten(0, (-1, distance, 2)).transpose(1, 2).flatten(0, 2)
+        merged = merged.reshape(-1, 2, distance, *rest).transpose(1, 2).reshape(*turn.shape[:2], *rest)
+        merged = torch.einsum("bij,bj...->bi...", turn, merged).reshape(-1, distance, 2, *rest)
+        merged = merged.transpose(1, 2).reshape(weight.shape)
     return _rescaled(merged, adapter.rescale) - weight
 
 
 def _rotations(blocks: Tensor, constraint: float) -> Tensor:
     skew, eye = blocks - blocks.transpose(-1, -2), torch.eye(blocks.shape[-1], device=blocks.device)
     if constraint:
-        length = skew.flatten().norm()
-        skew = skew * ((length.clamp(max=constraint) + TINY) / (length + TINY))
+        length = _norm(skew.flatten())
+        limit = torch.tensor(constraint, dtype=skew.dtype)
+        skew = skew * ((length.clamp(max=limit) + TINY) / (length + TINY))
     return torch.matmul(eye + skew, (eye - skew).float().inverse())
+
+
+def _norm(tensor: Tensor, **options: Any) -> Tensor:
+    untyped: Any = tensor
+    return untyped.norm(**options)
 
 
 def _rescaled(merged: Tensor, rescale: Tensor | None) -> Tensor:
@@ -167,13 +196,16 @@ def _rescaled(merged: Tensor, rescale: Tensor | None) -> Tensor:
 
 @delta_weight.register(DoraAdapter)
 def _dora(adapter: DoraAdapter, weight: Tensor) -> Tensor:
-    """The length of the inputs' columns, whatever the magnitudes' shape says."""
+    """The length of the inputs' columns, whatever the magnitudes' shape says; PEFT's are beyond the WebUI."""
+    magnitude = adapter.magnitude
+    if magnitude.ndim != weight.ndim or adapter.per_output != (len(magnitude) == magnitude.numel()):
+        return adapter.delta_weight(weight).to(weight.dtype)
     updown = delta_weight(adapter.inner, weight)
     merged = updown + weight.to(updown.dtype)
     columns = merged.transpose(0, 1)
-    length = columns.reshape(len(columns), -1).norm(dim=1, keepdim=True)
+    length = _norm(columns.reshape(len(columns), -1), dim=1, keepdim=True)
     length = length.reshape(len(columns), *[1] * (weight.ndim - 1)).transpose(0, 1)
-    return merged * (adapter.magnitude.to(updown) / length) - weight.to(updown.dtype)
+    return merged * (magnitude.to(updown) / length) - weight.to(updown.dtype)
 
 
 @delta_weight.register(PaddedAdapter)
