@@ -64,7 +64,8 @@ class Match:
     @property
     def matched(self) -> int:
         """How many layers of the network the model has; a weight and its bias are one."""
-        return _count_layers(layer.key for layer, _ in self.layers)
+        missing = set(self.unmatched)
+        return _count_layers(name for name in self.network.adapters if name not in missing)
 
     @property
     def total(self) -> int:
@@ -131,8 +132,8 @@ def _divided(network: Network, name: str, parts: Sequence[Part]) -> Iterator[tup
         rows = rows_of(adapter, part.rows, part.layer.shape)
         if rows is None:
             raise ShapeMismatchError(
-                f"{network.name}: {name} {adapter.shape_text()} is {adapter.algorithm}, whose rows can not be divided "
-                f"among {keys}; convert the file to LoRA"
+                f"{network.name}: the rows of {name}, {adapter.algorithm} {adapter.shape_text()}, can not be divided "
+                f"among {keys}; a plain LoRA can be"
             )
         yield part.layer, rows
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from lib_lora.core.adapters.base import DenseAdapter
+from lib_lora.core.adapters.dora import DoraAdapter
 from lib_lora.core.adapters.lora import LoraAdapter
 
 if TYPE_CHECKING:
@@ -28,11 +31,15 @@ def rows_of(adapter: WeightAdapter, rows: Rows, layer_shape: tuple[int, ...]) ->
         layer_shape: Shape of all pieces together.
 
     Returns:
-        None if ΔW depends on the fused weight, which the model has not, or its rows are computed in blocks that lie
-        across the pieces.
+        None if ΔW depends on more of the fused weight than these rows, or is computed in blocks that lie across them.
     """
     if isinstance(adapter, LoraAdapter):
         return adapter.of_rows(rows)
+    if isinstance(adapter, DoraAdapter) and adapter.per_output:
+        inner = rows_of(adapter.inner, rows, layer_shape)
+        magnitude = adapter.magnitude.flatten()
+        parts = [magnitude[start:stop] for start, stop in rows]
+        return inner and replace(adapter, inner=inner, magnitude=torch.cat(parts))
     step = adapter.row_step
     if adapter.needs_base or not step or any(start % step or stop % step for start, stop in rows):
         return None
