@@ -97,7 +97,8 @@ class GloraAdapter(DenseAdapter):
 def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> GloraAdapter | None:
     """Read ``a1``, ``a2``, ``b1``, ``b2`` and optional ``bm`` (Tucker's core of B), in either layout.
 
-    Where all sides are as long as the rank the layouts can not be told apart, and the present one is taken.
+    On a square layer both may fit: the one of lower rank is meant. Where all sides are as long as the rank they can
+    not be told apart, and the present one is taken.
 
     Raises:
         AdapterError: If the shapes fit neither layout.
@@ -108,16 +109,16 @@ def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> GloraAda
     check_rank(a1, a2, b1, b2)
     if any(part.ndim not in (2, 4) for part in (a1, a2, b1, b2)):
         raise AdapterError("a1, a2, b1 and b2 must be matrices or kernels")
-    old = not _shares_rank(a1, a2, b1, b2)
-    if old and not _shares_rank(a2, a1, b2, b1):
+    layouts = [parts for parts in ((a1, a2, b1, b2), (a2, a1, b2, b1)) if _shares_rank(*parts)]
+    if not layouts:
         shapes = ", ".join(str(tuple(part.shape)) for part in (a1, a2, b1, b2))
         raise AdapterError(f"a1, a2, b1, b2 of the shapes {shapes} share no rank")
-    a_up, a_down, b_up, b_down = (a2, a1, b2, b1) if old else (a1, a2, b1, b2)
+    a_up, a_down, b_up, b_down = min(layouts, key=lambda parts: parts[0].shape[1])
     scale = scale_of(tensors, a_up.shape[1], default_alpha)
     core = tensors.get("bm.weight")
     b_down = b_down.flatten(1) if core is not None else b_down
     return GloraAdapter(
-        a_up.flatten(1), a_down.flatten(1), scale, LoraAdapter(b_up.flatten(1), b_down, scale, core), old
+        a_up.flatten(1), a_down.flatten(1), scale, LoraAdapter(b_up.flatten(1), b_down, scale, core), a_up is a2
     )
 
 
