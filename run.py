@@ -31,7 +31,7 @@ USAGE = """usage: python run.py COMMAND [options]
 
   demo    pictures of the embedded model, with and without LoRAs, and a table of timings
   test    the tests; options go to pytest
-  bench   the benchmarks: --suite steps | switch"""
+  bench   the benchmarks: --suite steps | switch | families"""
 
 
 def unsupported(version: tuple[int, ...]) -> str | None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # What diffusers and transformers say about themselves is not for users of a command line.
 QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-SUITES = ("steps", "switch")
+SUITES = ("steps", "switch", "families")
 OUTPUTS = Path("outputs")
 LORAS = Path("loras")
 SEEDS = 2**32

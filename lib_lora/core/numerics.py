@@ -17,7 +17,7 @@ from lib_lora.core.adapters.base import matrix
 from lib_lora.core.workspace import Workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -139,28 +139,33 @@ def _fuse_by_rows(
     columns = out.numel() // len(out)
     in_place = out.dtype == torch.float32 and out.is_contiguous()
     generator = None if seed is None else torch.Generator(out.device).manual_seed(seed)
-    step = _rows_at_once([term.adapter.row_step for term in dense], len(out), columns, out.device)
-    for start in range(0, len(out), step):
-        rows = slice(start, min(start + step, len(out)))
+    step = math.lcm(*(term.adapter.row_step for term in dense))
+    for rows in _pieces(slice(0, len(out)), step, columns, out.device):
         shape = (rows.stop - rows.start, columns)
         total = matrix(out[rows]) if in_place else workspace.take("rows", shape, torch.float32, out.device)
         total.copy_(matrix(base[rows]))
         if stacked is not None:
             total.addmm_(stacked.up[rows], stacked.down, alpha=stacked.gain)
         for term in dense:
-            term.adapter.add_to(total, base, rows, term.factor, workspace)
+            _add(term, total, base, rows, workspace)
         if not in_place:
             rounded = total if generator is None else round_stochastically(total, out.dtype, generator)
             out[rows].copy_(rounded.view(out[rows].shape))
 
 
-def _rows_at_once(steps: Sequence[int], height: int, columns: int, device: torch.device) -> int:
-    """Rows that fit the scratch, in whole steps of every adapter; all of them where an adapter needs all."""
-    step = math.lcm(*steps)
-    if step == 0 or step >= height:
-        return height
+def _add(term: Term, total: Tensor, base: Tensor, rows: slice, workspace: Workspace) -> None:
+    """One summand; in pieces where another one needs all rows at once, so that its own scratch stays small."""
+    for part in _pieces(rows, term.adapter.row_step, total.shape[1], total.device):
+        own = slice(part.start - rows.start, part.stop - rows.start)
+        term.adapter.add_to(total[own], base, part, term.factor, workspace)
+
+
+def _pieces(rows: slice, step: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Rows in whole steps that fit the scratch; all of them at once if the step is 0."""
     scratch = SCRATCH_BYTES if device.type == "cpu" else GPU_SCRATCH_BYTES
-    return step * max(1, scratch // (4 * columns * step))
+    height = step * max(1, scratch // (4 * columns * step)) if step else rows.stop - rows.start
+    for start in range(rows.start, rows.stop, height):
+        yield slice(start, min(start + height, rows.stop))
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

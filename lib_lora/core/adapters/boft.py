@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lib_lora.core.workspace import Workspace
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 2 << 20
 """Columns do not mix, so they are turned in pieces of about this size."""
 
 

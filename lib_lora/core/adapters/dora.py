@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib_lora.core.adapters.base import DenseAdapter, check_rank, matrix, peak, wide
+from lib_lora.core.layers import is_fp8
 from lib_lora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class DoraAdapter(DenseAdapter):
         else:
             cells = direction.view(len(direction), len(magnitude), -1)
             cells.mul_((magnitude / _length(cells, (0, 2)))[:, None])
-        total.add_(direction, alpha=factor).sub_(wide(part, total), alpha=factor)
+        total.add_(direction, alpha=factor).sub_(wide(part, total) if is_fp8(part.dtype) else part, alpha=factor)
 
 
 def _length(direction: Tensor, dim: int | tuple[int, int]) -> Tensor:
