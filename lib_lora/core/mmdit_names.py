@@ -154,6 +154,15 @@ def split_rows(shape: Sequence[int], count: int) -> list[Rows]:
     return list(pairwise(accumulate(heights, initial=0)))
 
 
+def fused_names(original: str, index: int) -> tuple[str, ...]:
+    """All names of a fused layer for its part number `index`, which lies in the same rows of each.
+
+    x-flux trains q, k and v of Flux's ``linear1`` as a layer ``qkv``, without the MLP behind them.
+    """
+    block, _, layer = original.rpartition(".")
+    return (original, f"{block}.qkv") if layer == "linear1" and index < 3 else (original,)
+
+
 def is_swapped(original: str, shape: Sequence[int]) -> bool:
     """Whether a layer's rows are shift and scale in the original, and scale and shift in diffusers.
 

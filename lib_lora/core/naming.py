@@ -114,13 +114,19 @@ _ADAPTER_NAMED = ("lora_A", "lora_B", "lora_magnitude_vector")
 """PEFT writes the adapter's name behind these, such as ``lora_A.default.weight``."""
 
 _OLD_PROCESSOR = (
+    (".processor.qkv_lora1.", ".img_attn.qkv.lora."),
+    (".processor.qkv_lora2.", ".txt_attn.qkv.lora."),
+    (".processor.proj_lora1.", ".img_attn.proj.lora."),
+    (".processor.proj_lora2.", ".txt_attn.proj.lora."),
+    (".processor.qkv_lora.", ".qkv.lora."),
+    (".processor.proj_lora.", ".linear2.lora."),
     (".processor.", "."),
     (".to_q_lora.", ".to_q.lora."),
     (".to_k_lora.", ".to_k.lora."),
     (".to_v_lora.", ".to_v.lora."),
     (".to_out_lora.", ".to_out.0.lora."),
 )
-"""diffusers before 0.22 kept LoRAs in the attention processor."""
+"""diffusers before 0.22 kept LoRAs in the attention processor; x-flux does, with the first six names."""
 
 WRAPPERS = ("_orig_mod", "base_layer")
 """Parts that torch.compile and PEFT put into module paths."""

@@ -7,7 +7,15 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib_lora.core.ldm_names import diffusers_to_ldm, ldm_to_diffusers, translate
-from lib_lora.core.mmdit_names import FLUX, SD3, is_swapped, original_to_diffusers, split_rows, swapped_rows
+from lib_lora.core.mmdit_names import (
+    FLUX,
+    SD3,
+    fused_names,
+    is_swapped,
+    original_to_diffusers,
+    split_rows,
+    swapped_rows,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -158,8 +166,9 @@ def _original_places(name: str, own: str, shape: Sequence[int], theirs: Sequence
         other = (Spelling(path, swapped_rows(shape[0])) for path in theirs)
         yield Place(name, own, (*_whole(own), *other), own)
     elif len(parts) > 1:
-        for path, rows in zip(theirs, parts, strict=True):
-            yield Place(name, path, (Spelling(path), Spelling(own, (rows,))), own, rows)
+        for index, (path, rows) in enumerate(zip(theirs, parts, strict=True)):
+            fused = (Spelling(spelled, (rows,)) for spelled in fused_names(own, index))
+            yield Place(name, path, (Spelling(path), *fused), own, rows)
     else:
         path = theirs[0] if parts else own
         yield Place(name, path, _whole(path, own), own)
@@ -169,20 +178,20 @@ def _diffusers_mmdit(family: MmditNames, prefix: str, shapes: Shapes) -> Iterato
     paths = {name[len(prefix) :]: shape for name, shape in shapes.items()}
     table = dict(_original_spellings(family, paths))
     for name, path in zip(shapes, paths, strict=True):
-        original = [table[path]] if path in table else []
-        yield Place(name, path, (Spelling(path), *original), original[0].path if original else "")
+        originals = table.get(path, ())
+        yield Place(name, path, (Spelling(path), *originals), originals[0].path if originals else "")
 
 
-def _original_spellings(family: MmditNames, shapes: Shapes) -> Iterator[tuple[str, Spelling]]:
+def _original_spellings(family: MmditNames, shapes: Shapes) -> Iterator[tuple[str, tuple[Spelling, ...]]]:
     """Path in diffusers → the original's layer and which of its rows; of layers that the model has completely."""
     for original, theirs in original_to_diffusers(family, shapes).items():
         if not all(path in shapes for path in theirs):
             continue
         heights = [shapes[path][0] for path in theirs]
-        for path, height, stop in zip(theirs, heights, accumulate(heights), strict=True):
+        for index, (path, height, stop) in enumerate(zip(theirs, heights, accumulate(heights), strict=True)):
             rows = ((stop - height, stop),) if len(theirs) > 1 else ()
             rows = swapped_rows(height) if is_swapped(original, shapes[path]) else rows
-            yield path, Spelling(original, rows)
+            yield path, tuple(Spelling(spelled, rows) for spelled in fused_names(original, index))
 
 
 _STRUCTURES = {

@@ -61,6 +61,12 @@ LAYERS = {
     "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q": (LDM_TO_Q, "ldm"),
     "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q": (LDM_TO_Q, "ldm"),
     f"cond_stage_model.transformer.{DOTTED_Q_PROJ}": (Q_PROJ, "ldm"),
+    f"text_encoders.clip_l.transformer.{DOTTED_Q_PROJ}": (Q_PROJ, "ldm"),
+    f"text_encoders.clip_g.transformer.{DOTTED_Q_PROJ}": (Q_PROJ_2, "ldm"),
+    "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q": (
+        "te3:encoder_block_0_layer_0_SelfAttention_q",
+        "ldm",
+    ),
     f"conditioner.embedders.0.transformer.{DOTTED_Q_PROJ}": (Q_PROJ, "ldm"),
     "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc": (
         "te2:transformer_resblocks_0_mlp_c_fc",

@@ -269,6 +269,27 @@ def test_a_kohya_lora_for_flux_becomes_what_diffusers_own_conversion_makes_of_it
 
 
 @pytest.mark.parametrize("structure", ["diffusers", "original"])
+def test_an_x_flux_lora_changes_what_diffusers_own_conversion_of_it_does(structure):
+    from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
+
+    fused, square = (3 * WIDTH, WIDTH), (WIDTH, WIDTH)
+    names = {f"double_blocks.1.processor.{kind}": fused for kind in ("qkv_lora1", "qkv_lora2")}
+    names |= {f"double_blocks.1.processor.{kind}": square for kind in ("proj_lora1", "proj_lora2")}
+    names |= {"single_blocks.0.processor.qkv_lora": fused, "single_blocks.0.processor.proj_lora": (WIDTH, 5 * WIDTH)}
+    sides = (("lora_A", "down"), ("lora_B", "up"))
+    tensors = {
+        name.replace(peft, xlabs): tensor
+        for peft, xlabs in sides
+        for name, tensor in lora(names, alpha=None).items()
+        if peft in name
+    }
+    theirs = _convert_xlabs_flux_lora_to_diffusers(dict(tensors))
+    found, expected = (updates(keymap("flux", structure), file) for file in (tensors, theirs))
+    assert found.keys() == expected.keys()
+    assert all(close(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("structure", ["diffusers", "original"])
 @pytest.mark.parametrize("algorithm", ["full", "LoHa"])
 def test_other_algorithms_are_divided_too(structure, algorithm):
     name, shape = "lora_unet_single_blocks_0_linear1", (7 * WIDTH, WIDTH)
