@@ -50,7 +50,7 @@ class Half(NamedTuple):
         if self.core is None:
             fits = self.up.ndim == 2 and self.down.ndim in (2, 4) and self.up.shape[1] == self.down.shape[0]
         else:
-            ranks = (self.up.shape[0], self.down.shape[0])
+            ranks = (*self.up.shape[:1], *self.down.shape[:1])
             fits = self.up.ndim == self.down.ndim == 2 and self.core.ndim == 4 and self.core.shape[:2] == ranks
         if not fits:
             shapes = (tuple(part.shape) for part in self if part is not None)

@@ -119,10 +119,11 @@ def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> LoraAdap
         return None
     up, down, core = tensors["lora_up"], tensors["lora_down"], tensors.get("lora_mid")
     check_rank(up, down)
-    rank = down.shape[0] if down.ndim else 0
+    if down.ndim not in (2, 4):
+        raise AdapterError(f"down has the shape {tuple(down.shape)}; (rank, in) or (rank, in, kh, kw) was expected")
     if core is not None and down.shape[2:] == (1, 1):
         down = down.flatten(1)
-    return LoraAdapter(_matrix(up), down, scale_of(tensors, rank, default_alpha), core)
+    return LoraAdapter(_matrix(up), down, scale_of(tensors, down.shape[0], default_alpha), core)
 
 
 def _matrix(up: Tensor) -> Tensor:
