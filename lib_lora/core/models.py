@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -43,14 +43,33 @@ class BaseModel(Enum):
             shapes: Layer name → shape of the weight it changes, (out, in[, kh, kw]), or () if that is not known.
             metadata: Header metadata as kohya's trainer and the ModelSpec standard write it.
         """
-        said = _of_metadata(metadata)
-        if family := _of_names(shapes) or _of_widths(shapes):
-            return family
-        if said in _WITH_MORE_TEXT_ENCODERS:
-            return said
-        if _has_blocks(shapes):
-            return cls.UNKNOWN
-        return _of_te2(shapes) or said or _of_clip_l(shapes) or cls.UNKNOWN
+        return guess_of_file(shapes, metadata).family
+
+
+class Guess(NamedTuple):
+    """A family, and what tells it: a part of a sentence for people."""
+
+    family: BaseModel
+    evidence: str
+
+
+def guess_of_file(shapes: Shapes, metadata: Mapping[str, str]) -> Guess:
+    """The family of a LoRA file with the reason; see `BaseModel.of_file`."""
+    said = _of_metadata(metadata)
+    if family := _of_names(shapes):
+        return Guess(family, "names of its layers")
+    if family := _of_widths(shapes):
+        return Guess(family, "widths of its layers")
+    if said in _WITH_MORE_TEXT_ENCODERS:
+        return Guess(said, "its metadata")
+    if _has_blocks(shapes):
+        return Guess(BaseModel.UNKNOWN, "")
+    if family := _of_te2(shapes):
+        return Guess(family, "its second text encoder")
+    if said:
+        return Guess(said, "its metadata")
+    family = _of_clip_l(shapes)
+    return Guess(family, "its text encoder alone") if family else Guess(BaseModel.UNKNOWN, "")
 
 
 _MARKERS = (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lib_lora.core.adapters import WeightAdapter, is_low_rank, load_adapter
 from lib_lora.core.adapters.full import FullAdapter
 from lib_lora.core.files import read_lora_file
-from lib_lora.core.models import BaseModel
+from lib_lora.core.models import guess_of_file
 from lib_lora.core.naming import BIAS, split_embedding, split_key
 from lib_lora.errors import AdapterError, NamingError, NonFiniteError
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lib_lora.core.files import FileIdentity, LoraFile
+    from lib_lora.core.models import BaseModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,11 +127,13 @@ def network_from_file(file: LoraFile) -> Network:
     _check_finite(name, adapters)
     notes = (f"{len(empty)} of {len(layers)} layers have rank 0 and change nothing",) if empty else ()
     shapes = {layer: adapter.shape for layer, adapter in adapters.items()} | dict.fromkeys(empty, ())
+    guess = guess_of_file(shapes, file.metadata)
     return Network(
         name=name,
         identity=file.identity,
         metadata=file.metadata,
-        base_model=BaseModel.of_file(shapes, file.metadata),
+        base_model=guess.family,
+        base_model_from=guess.evidence,
         adapters=adapters,
         unused=tuple(unused),
         notes=notes,
