@@ -50,6 +50,7 @@ PIPELINE_COMPONENTS = (
     ("transformer", "transformer"),
     ("te1", "text_encoder"),
     ("te2", "text_encoder_2"),
+    ("te3", "text_encoder_3"),
 )
 
 

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
     from lib_lora.core.layers import LayerRef
 
-_FOLDERS = {"unet": "unet", "text_encoder": "te1", "text_encoder_2": "te2", "transformer": "transformer"}
+_FOLDERS = {
+    "unet": "unet",
+    "text_encoder": "te1",
+    "text_encoder_2": "te2",
+    "text_encoder_3": "te3",
+    "transformer": "transformer",
+}
 """A file in one of these folders holds that component alone, as diffusers saves models."""
 
 

@@ -194,7 +194,7 @@ class _PeftAlphas:
     ``alpha_pattern`` and ``rank_pattern``, each behind ``unet.``, ``text_encoder.``, … in a file of several components.
     """
 
-    PREFIXES = MappingProxyType({"te1": "text_encoder", "te2": "text_encoder_2"})
+    PREFIXES = MappingProxyType({"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"})
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
         try:
