@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 
 from lib_lora.core.adapters import LowRankAdapter, WeightAdapter, is_low_rank
-from lib_lora.core.adapters.base import matrix
+from lib_lora.core.adapters.base import full_precision, matrix
 from lib_lora.core.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ def fuse_layer(
         torch.addmm(base.flatten(1), up, down, alpha=gain, out=out.flatten(1))
     else:
         stacked = stack(low_rank, torch.float32, out.device, workspace) if low_rank else None
-        _fuse_by_rows(base, stacked, dense, out, workspace, seed)
+        with full_precision(out.device):
+            _fuse_by_rows(base, stacked, dense, out, workspace, seed)
 
 
 @functools.cache
@@ -186,7 +187,10 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Ge
     smallest = math.frexp(info.tiny)[1]
     steps = torch.ldexp(torch.full_like(values, info.eps / 2), exponents.clamp(min=smallest))
     chance = torch.empty_like(values).uniform_(generator=generator)
-    return (torch.floor(values / steps + chance) * steps).clamp(info.min, info.max)
+    count = values / steps
+    below = torch.floor(count)
+    # the sum count + chance would be rounded itself, and now and then lift a number that the type holds exactly
+    return ((below + (chance < count - below)) * steps).clamp(info.min, info.max)
 
 
 def is_finite_for_sure(terms: Sequence[Term], base_peak: float, dtype: torch.dtype) -> bool:

@@ -8,13 +8,13 @@ Source: https://github.com/AUTOMATIC1111/stable-diffusion-webui, extensions-buil
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lib_lora.core.adapters.base import full_precision
 from lib_lora.core.adapters.boft import BoftAdapter
 from lib_lora.core.adapters.dora import DoraAdapter
 from lib_lora.core.adapters.full import FullAdapter
@@ -70,7 +70,7 @@ def _as_called(weight: Tensor) -> AbstractContextManager[object]:
     """The WebUI computes ΔW inside of a forward, under autocast if the model is in fp16 on CUDA."""
     if weight.device.type == "cuda" and weight.dtype == torch.float16:
         return torch.autocast("cuda", torch.float16)
-    return nullcontext()
+    return full_precision(weight.device)
 
 
 @singledispatch

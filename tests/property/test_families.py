@@ -110,6 +110,17 @@ def test_the_order_of_networks_does_not_change_a_bit(folder, request, dtype, dat
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("compat", ["exact", "a1111"])
+def test_autocast_around_the_call_does_not_change_a_bit(folder, compat):
+    """The WebUI activates networks under autocast."""
+    for number in range(len(FILES)):
+        plain, cast = toys(), toys()
+        session_of(plain, folder, compat=compat).set([(str(number), 0.7)])
+        with torch.autocast("cpu", torch.bfloat16):
+            session_of(cast, folder, compat=compat).set([(str(number), 0.7)])
+        assert digest(*plain.values()) == digest(*cast.values())
+
+
 @given(request=requests)
 @settings(max_examples=10, deadline=None)
 def test_strength_0_is_no_plan(folder, request):

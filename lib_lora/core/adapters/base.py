@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -13,9 +14,14 @@ from lib_lora.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
     from typing import TypeGuard
 
     from torch import Tensor
+
+
+AUTOCAST = ("cpu", "cuda", "xpu")
+"""Devices whose products autocast can change."""
 
 
 class Factors(NamedTuple):
@@ -142,7 +148,8 @@ class DenseAdapter:
     def delta_weight(self, base: Tensor) -> Tensor:
         """ΔW in float32, of the shape and on the device of `base`."""
         total = torch.zeros(base.shape, dtype=torch.float32, device=base.device)
-        self.add_to(matrix(total), base, slice(0, len(base)), 1.0, Workspace())
+        with full_precision(base.device):
+            self.add_to(matrix(total), base, slice(0, len(base)), 1.0, Workspace())
         return total
 
     def add_to(self, total: Tensor, base: Tensor, rows: slice, factor: float, workspace: Workspace) -> None:
@@ -158,6 +165,11 @@ def is_low_rank(adapter: WeightAdapter) -> TypeGuard[LowRankAdapter]:
 @functools.cache
 def _has_factors(kind: type) -> bool:
     return callable(getattr(kind, "factors", None))
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off: a host may load and apply LoRAs under it, and every product would be rounded to half precision."""
+    return torch.autocast(device.type, enabled=False) if device.type in AUTOCAST else nullcontext()
 
 
 def matrix(parameter: Tensor) -> Tensor:

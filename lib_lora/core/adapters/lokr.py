@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib_lora.core.adapters.base import DenseAdapter, check_rank, norm, peak, scale_of, tucker
+from lib_lora.core.adapters.base import DenseAdapter, check_rank, full_precision, norm, peak, scale_of, tucker
 from lib_lora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -43,9 +43,10 @@ class Part(NamedTuple):
         if len(self.tensors) == 1:
             return self.tensors[0].float()
         a, b, *core = (tensor.float() for tensor in self.tensors)
-        if core:
-            return tucker(core[0], a, b).view(a.shape[1], b.shape[1], *core[0].shape[2:])
-        return (a @ b.flatten(1)).view(len(a), *b.shape[1:])
+        with full_precision(a.device):
+            if core:
+                return tucker(core[0], a, b).view(a.shape[1], b.shape[1], *core[0].shape[2:])
+            return (a @ b.flatten(1)).view(len(a), *b.shape[1:])
 
     def check(self) -> None:
         """Refuse factors that do not multiply.
