@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from lib_lora.core.adapters.ia3 import Ia3Adapter
 from lib_lora.core.adapters.padded import PaddedAdapter
 from lib_lora.core.adapters.rows import rows_of
 from lib_lora.core.naming import BIAS
@@ -105,6 +106,7 @@ def match_network(keymap: KeyMap, network: Network) -> Match:
     _check_spellings(network, places)
     unmatched = [name for name, parts in places.items() if not parts]
     layers = [pair for name, parts in places.items() for pair in _divided(network, name, parts)]
+    layers += _scaled_biases(keymap, network)
     if not layers:
         first = ", ".join([*unmatched, *network.unused][:3]) or "the file holds no tensors"
         raise NoLayersError(
@@ -136,6 +138,13 @@ def _divided(network: Network, name: str, parts: Sequence[Part]) -> Iterator[tup
                 f"among {keys}; a plain LoRA can be"
             )
         yield part.layer, rows
+
+
+def _scaled_biases(keymap: KeyMap, network: Network) -> Iterator[tuple[LayerRef, WeightAdapter]]:
+    """The biases that PEFT's IA3 scales with their outputs, where the model has them."""
+    for name, adapter in network.adapters.items():
+        if isinstance(adapter, Ia3Adapter) and adapter.scales_bias:
+            yield from ((part.layer, adapter) for part in keymap.parts(f"{name}{BIAS}"))
 
 
 def _fitted(adapter: WeightAdapter, place: LayerRef) -> WeightAdapter:
