@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 
 import pytest
 import torch
@@ -28,6 +27,9 @@ from tests.family_files import (
     toys,
     units_off,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+"""PEFT's remarks on models that are not transformers', and on biases, which it takes for a fault in its own file."""
 
 FAMILIES = {
     "LoRA": (LoraConfig, {"lora_alpha": 4}),
@@ -64,9 +66,7 @@ def adapted(config: type, options: dict, kind: str, dtype: torch.dtype, path, me
     layer = layer_of(kind, toys(dtype))
     before = layer.weight.detach().clone(), layer.bias.detach().clone()
     settings = {"target_modules": ["layer"], **({} if config is IA3Config else {"r": 4}), **options}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's remarks on models that are not transformers'
-        model = get_peft_model(Holder(layer=layer), config(**settings)).double()
+    model = get_peft_model(Holder(layer=layer), config(**settings)).double()
     generator = torch.Generator().manual_seed(len(kind))
     for name, parameter in model.requires_grad_(False).named_parameters():
         if "base_layer" not in name:
@@ -138,9 +138,7 @@ def test_the_alpha_that_diffusers_writes_beside_pefts_tensors_is_followed(tmp_pa
 def test_what_depends_on_settings_that_the_file_does_not_hold_is_refused(tmp_path, config, options, name):
     layer = nn.Linear(16, 24)
     settings = {key: value for key, value in options.items() if value is not None}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(Holder(layer=layer), config(target_modules=["layer"], **settings))
+    model = get_peft_model(Holder(layer=layer), config(target_modules=["layer"], **settings))
     path = tmp_path / "turned.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in get_peft_model_state_dict(model).items()}, path)
     with pytest.raises(AdapterError, match=rf"turned: layer unet:layer: {name} .*settings that the file does not hold"):

@@ -122,7 +122,7 @@ def test_autocast_around_the_call_does_not_change_a_bit(folder, compat):
 
 
 @given(request=requests)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_strength_0_is_no_plan(folder, request):
     components = toys()
     base = digest(*components.values())
