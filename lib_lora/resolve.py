@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from lib_lora.core.files import FileIdentity
 from lib_lora.core.naming import group_names
 from lib_lora.core.network import load_network
-from lib_lora.core.plan import match_network
+from lib_lora.core.plan import Scale, make_plan, match_network
 from lib_lora.errors import PrefuseError
-from lib_lora.report import AppliedLora, RefusedLora
+from lib_lora.report import AppliedLora, RefusedLora, SessionReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from lib_lora.catalog import CatalogEntry, LoraCatalog
     from lib_lora.core.keymap import KeyMap
     from lib_lora.core.network import Network
-    from lib_lora.core.plan import Match
-    from lib_lora.prompt.tags import LoraRequest
+    from lib_lora.core.plan import Compat, FusePlan, Match
+    from lib_lora.prompt.tags import LoraRequest, ParsedPrompt
 
 IDLE_BYTES = 1 << 30
 """Networks that are not in the last request stay in memory up to this size."""
@@ -88,11 +88,19 @@ class Resolver:
                 refused.append(RefusedLora(request.name, str(error)))
         return found, refused
 
-    def trim(self, used: Sequence[ResolvedLora]) -> None:
-        """Forget the networks that were not used for longest, until those not in `used` fit `IDLE_BYTES`."""
+    def preview(self, parsed: ParsedPrompt, mode: str) -> SessionReport:
+        """What a session would apply and refuse."""
+        loras, unresolved = self.resolve(parsed.requests)
+        refused = [RefusedLora(problem.raw, problem.message) for problem in parsed.problems]
+        notes = dict.fromkeys(note for lora in loras for note in lora.notes())
+        applied = tuple(lora.applied() for lora in loras)
+        return SessionReport(parsed.text, applied, (*refused, *unresolved), tuple(notes), mode=mode)
+
+    def trim(self, used: Sequence[ResolvedLora], idle_bytes: int = IDLE_BYTES) -> None:
+        """Forget the networks that were not used for longest, until those not in `used` fit `idle_bytes`."""
         identities = {lora.network.identity for lora in used}
         idle = [network for identity, network in self._networks.items() if identity not in identities]
-        excess = sum(network.nbytes for network in idle) - IDLE_BYTES
+        excess = sum(network.nbytes for network in idle) - idle_bytes
         for network in idle:
             if excess > 0:
                 excess -= network.nbytes
@@ -116,3 +124,16 @@ class Resolver:
         if network.uid not in self._matches:
             self._matches[network.uid] = match_network(self._keymap, network)
         return self._matches[network.uid]
+
+
+def plan_of(loras: Sequence[ResolvedLora], compat: Compat) -> FusePlan:
+    """What the LoRAs of a request make of the model.
+
+    The WebUI gives one that is named twice its last strengths both times.
+    """
+    requests = [lora.request for lora in loras]
+    if compat == "a1111":
+        last = {lora.network.uid: lora.request for lora in loras}
+        requests = [last[lora.network.uid] for lora in loras]
+    scales = [Scale(request.te, request.unet) for request in requests]
+    return make_plan(zip((lora.match for lora in loras), scales, strict=True), compat)

@@ -20,13 +20,14 @@ from lib_lora.core.hooks import HookedLayers
 from lib_lora.core.keymap import KeyMap
 from lib_lora.core.memory import return_memory
 from lib_lora.core.norms import delta_norm, shares
-from lib_lora.core.patch_state import ApplyReport
+from lib_lora.core.patch_state import STATE_ATTRIBUTE, ApplyReport
 from lib_lora.core.patcher import ModelPatcher
 from lib_lora.core.plan import Scale, make_plan
 from lib_lora.errors import ForeignWriteError, ModelError, NetworkError, TagError, UnknownLoraError
-from lib_lora.prompt.tags import ParsedPrompt, parse_numbers, parse_prompt
+from lib_lora.pipelines import pipeline_components
+from lib_lora.prompt.tags import ParsedPrompt, parse_numbers, parse_request
 from lib_lora.report import RefusedLora, SessionReport
-from lib_lora.resolve import Resolver
+from lib_lora.resolve import IDLE_BYTES, Resolver, plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -38,20 +39,11 @@ if TYPE_CHECKING:
     from lib_lora.core.models import BaseModel
     from lib_lora.core.patch_state import Rounding
     from lib_lora.core.plan import Compat, FusePlan
+    from lib_lora.prompt.tags import Request
     from lib_lora.report import AppliedLora
     from lib_lora.resolve import ResolvedLora
 
-    Request = str | Sequence[tuple[str, float] | tuple[str, float, float]]
-
 Mode = Literal["prefuse", "hook"]
-
-PIPELINE_COMPONENTS = (
-    ("unet", "unet"),
-    ("transformer", "transformer"),
-    ("te1", "text_encoder"),
-    ("te2", "text_encoder_2"),
-    ("te3", "text_encoder_3"),
-)
 
 
 class LoraSession:
@@ -63,6 +55,7 @@ class LoraSession:
     Attributes:
         catalog: Where LoRA names are looked up.
         keymap: The model's layers.
+        cache_bytes: Networks that are not in the last request stay in memory up to this size.
     """
 
     def __init__(
@@ -93,6 +86,7 @@ class LoraSession:
             ModelError: If no component has layers that LoRAs can act on.
         """
         self.catalog = catalog
+        self.cache_bytes = IDLE_BYTES
         self.keymap = KeyMap.from_modules(components)
         if not len(self.keymap):
             raise ModelError(f"no layers for LoRAs in {', '.join(components) or 'an empty model'}")
@@ -127,10 +121,9 @@ class LoraSession:
         Raises:
             ModelError: If the pipeline has no such modules.
         """
-        named = ((component, getattr(pipe, attribute, None)) for component, attribute in PIPELINE_COMPONENTS)
         folders = [lora_dir] if isinstance(lora_dir, (str, Path)) else lora_dir
         catalog = LoraCatalog([Path(folder) for folder in folders])
-        return cls({component: module for component, module in named if module is not None}, catalog, **options)
+        return cls(pipeline_components(pipe), catalog, **options)
 
     @property
     def base_model(self) -> BaseModel:
@@ -208,14 +201,19 @@ class LoraSession:
         """Make exactly these LoRAs active. A bad one is refused whole and told in the report, the others apply.
 
         Args:
-            request: A prompt with tags, or (name, strength) and (name, te, unet) tuples.
+            request: A prompt with tags, the same after it was parsed, or (name, strength) and (name, te, unet) tuples.
 
         Raises:
             ApplyError: If writing the weights failed; the base weights are back, or, if something else wrote to fused
                 weights (ForeignWriteError), nothing was changed.
         """
         with self._lock:
-            return self._set(parse_prompt(request) if isinstance(request, str) else parse_numbers(request))
+            return self._set(parse_request(request))
+
+    def preview(self, request: Request) -> SessionReport:
+        """What `set` would apply and refuse; files are read, the model stays as it is."""
+        with self._lock:
+            return self._resolver.preview(parse_request(request), self._mode)
 
     @contextmanager
     def tuning(self, name: str) -> Generator[Callable[[float], None]]:
@@ -244,8 +242,7 @@ class LoraSession:
             )
             if previews:
                 rest = [lora for lora in self._loras if lora.request.name != name]
-                others = zip((lora.match for lora in rest), self._scales(rest), strict=True)
-                self._patcher.hold(make_plan(others, self._compat), layers)
+                self._patcher.hold(plan_of(rest, self._compat), layers)
 
             def turn(strength: float) -> None:
                 if problems := parse_numbers([(name, strength)]).problems:
@@ -279,6 +276,16 @@ class LoraSession:
             return_memory()
             return report
 
+    def abandon(self) -> None:
+        """Forget what was fused and write nothing, for the host loaded other weights. This session is over then."""
+        with self._lock:
+            self._hooks.clear()
+            self._resolver.clear()
+            self._loras = []
+            for module in self._components.values():
+                if hasattr(module, STATE_ATTRIBUTE):
+                    object.__delattr__(module, STATE_ATTRIBUTE)
+
     def _set(self, parsed: ParsedPrompt) -> SessionReport:
         start = time.perf_counter()
         loras, unresolved = self._resolver.resolve(parsed.requests)
@@ -290,7 +297,7 @@ class LoraSession:
         except BaseException:
             self._back_to_base()
             raise
-        self._resolver.trim(loras)
+        self._resolver.trim(loras, self.cache_bytes)
         self._loras = loras
         written = sum(len(report.written) for report in done)
         notes = [note for lora in loras for note in lora.notes()] + [note for report in done for note in report.notes]
@@ -312,7 +319,7 @@ class LoraSession:
     def _apply(self, loras: list[ResolvedLora], refused: list[RefusedLora]) -> tuple[FusePlan, list[ApplyReport]]:
         """Plan and write. A LoRA that would overflow a weight leaves `loras`, and the rest is planned again."""
         while True:
-            plan = make_plan(zip((lora.match for lora in loras), self._scales(loras), strict=True), self._compat)
+            plan = plan_of(loras, self._compat)
             try:
                 parts = divide(plan, self._mode == "hook")
                 done = [
@@ -329,14 +336,6 @@ class LoraSession:
             else:
                 self._tell([layer for report in done for layer in (*report.written, *report.restored)])
                 return plan, done
-
-    def _scales(self, loras: Sequence[ResolvedLora]) -> list[Scale]:
-        """The strengths of each LoRA. The WebUI gives a LoRA that is named twice its last strengths both times."""
-        requests = [lora.request for lora in loras]
-        if self._compat == "a1111":
-            last = {lora.network.uid: lora.request for lora in loras}
-            requests = [last[lora.network.uid] for lora in loras]
-        return [Scale(request.te, request.unet) for request in requests]
 
     def _back_to_base(self) -> None:
         self._loras = []

@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
     ("errors",),
     ("core", "prompt"),
-    ("catalog", "report"),
+    ("catalog", "report", "pipelines"),
     ("resolve",),
     ("session",),
     ("compile", "tools", "train"),

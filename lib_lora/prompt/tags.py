@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+
+    Request: TypeAlias = "str | ParsedPrompt | Sequence[tuple[str, float] | tuple[str, float, float]]"
 
 TAG_NAMES = frozenset({"lora", "lyco"})
 MAX_STRENGTH = 100.0
@@ -96,7 +98,7 @@ def parse_prompt(text: str) -> ParsedPrompt:
         try:
             requests.append(_read_arguments(raw, arguments))
         except _BadTag as fault:
-            problems.append(TagProblem(raw, f"{shorten(raw)} is not applied: {fault}"))
+            problems.append(_problem(raw, fault))
         return ""
 
     # Without a ">" ahead, each of many "<lora:" would be searched to the end of the text.
@@ -114,8 +116,35 @@ def parse_numbers(loras: Iterable[Sequence[str | float]]) -> ParsedPrompt:
         try:
             requests.append(_read_tuple(lora, raw))
         except _BadTag as fault:
-            problems.append(TagProblem(raw, f"{shorten(raw)} is not applied: {fault}"))
+            problems.append(_problem(raw, fault))
     return ParsedPrompt("", tuple(requests), tuple(problems))
+
+
+def parse_arguments(tags: Iterable[tuple[Sequence[object], Mapping[str, object]]]) -> ParsedPrompt:
+    """Requests from tags that a host has split already, by the same rules as `parse_prompt`.
+
+    Args:
+        tags: Positional and named arguments of each; values may be numbers.
+    """
+    requests: list[LoraRequest] = []
+    problems: list[TagProblem] = []
+    for positional, named in tags:
+        texts = [str(value) for value in positional]
+        pairs = {key: str(value) for key, value in named.items()}
+        raw = f"<lora:{':'.join([*texts, *(f'{key}={value}' for key, value in pairs.items())])}>"
+        ignored = [f"{key}={value}" for key, value in pairs.items() if key not in _READ_NAMES]
+        try:
+            requests.append(_request(raw, texts, pairs, (*ignored, *texts[_POSITIONS:])))
+        except _BadTag as fault:
+            problems.append(_problem(raw, fault))
+    return ParsedPrompt("", tuple(requests), tuple(problems))
+
+
+def parse_request(request: Request) -> ParsedPrompt:
+    """Whatever spelling of a request: a prompt, numbers, or one that was parsed already."""
+    if isinstance(request, ParsedPrompt):
+        return request
+    return parse_prompt(request) if isinstance(request, str) else parse_numbers(request)
 
 
 def writable_name(name: str) -> str:
@@ -132,6 +161,10 @@ def shorten(text: str, letters: int = SHOWN_LETTERS) -> str:
     """A user's text as a sentence can hold it: on one line, printable, cut after some letters."""
     shown = text if len(text) <= letters else f"{text[: letters - 1]}…"
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in shown)
+
+
+def _problem(raw: str, fault: _BadTag) -> TagProblem:
+    return TagProblem(raw, f"{shorten(raw)} is not applied: {fault}")
 
 
 def _read_arguments(raw: str, arguments: str) -> LoraRequest:
