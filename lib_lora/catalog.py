@@ -33,7 +33,7 @@ MOST_SHOWN = 3
 
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
 # SHA-256 of nothing: what some trainers wrote as the hash of every file.
-_EMPTY_HASH = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+EMPTY_HASH = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
 @dataclass(frozen=True)
@@ -264,5 +264,5 @@ def _read_facts(path: Path) -> FileFacts:
     alias, data_hash = metadata.get("ss_output_name", ""), metadata.get("sshs_model_hash", "")
     # Trainers write "None" for no name, and the WebUI does not resolve it.
     usable = len(alias) <= MAX_NAME_LETTERS and alias.lower() != "none"
-    plausible = _SHA256.fullmatch(data_hash) and data_hash != _EMPTY_HASH
+    plausible = _SHA256.fullmatch(data_hash) and data_hash != EMPTY_HASH
     return FileFacts(alias if usable else "", data_hash if plausible else "")

@@ -29,6 +29,7 @@ class AppliedLora:
         base_model_from: What tells it.
         missing: Component → how many of its layers the model has not, and the first three.
         embeddings: Names of textual inversions that come with it.
+        dyn: How many ranks of each layer are used, or None for all.
     """
 
     name: str
@@ -45,6 +46,7 @@ class AppliedLora:
     base_model_from: str = ""
     missing: Mapping[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict[str, "tuple[int, tuple[str, ...]]"])
     embeddings: tuple[str, ...] = ()
+    dyn: int | None = None
 
     def __str__(self) -> str:
         """One line."""

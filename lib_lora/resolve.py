@@ -64,6 +64,7 @@ class ResolvedLora:
             base_model_from=self.network.base_model_from,
             missing=group_names(self.match.unmatched),
             embeddings=tuple(self.network.embeddings),
+            dyn=self.request.dyn,
         )
 
 

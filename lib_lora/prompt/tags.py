@@ -24,7 +24,7 @@ MAX_NUMBER_LETTERS = 1000
 """Longer texts are no number: some Python versions take minutes to read an integer of a million digits."""
 SHOWN_LETTERS = 60
 
-_TAG = re.compile(r"<(\w+):([^>]+)>")
+TAG_PATTERN = re.compile(r"<(\w+):([^>]+)>")
 _UNWRITABLE = re.compile("[:>\x00-\x1f\x7f\ud800-\udfff]")
 _READ_NAMES = frozenset({"te", "unet", "dyn"})
 _POSITIONS = 4
@@ -103,7 +103,7 @@ def parse_prompt(text: str) -> ParsedPrompt:
 
     # Without a ">" ahead, each of many "<lora:" would be searched to the end of the text.
     end = text.rfind(">") + 1
-    rest = _TAG.sub(take, text[:end]) + text[end:]
+    rest = TAG_PATTERN.sub(take, text[:end]) + text[end:]
     return ParsedPrompt(rest, tuple(requests), tuple(problems))
 
 

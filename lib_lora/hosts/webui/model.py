@@ -1,0 +1,138 @@
+"""From the WebUI's model to LoraSessions. What is fused is recorded on the model; sessions go when it goes."""
+# pyright: basic, reportMissingImports=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from modules import cache, shared
+
+from lib_lora.catalog import LoraCatalog
+from lib_lora.hosts.webui.guard import attempt, logger
+from lib_lora.session import LoraSession
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lib_lora.core.base_store import StoreKind
+    from lib_lora.hosts.webui.settings import Settings
+
+INDEX = "prefuse-loras.json"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A session and what it was made for.
+
+    Attributes:
+        session: The session.
+        checkpoint: File that the weights came from.
+        store: The setting it was made with.
+    """
+
+    session: LoraSession
+    checkpoint: str
+    store: StoreKind
+
+
+class Sessions:
+    """One session for each model that is in memory and ever had a LoRA.
+
+    Attributes:
+        catalog: The LoRA folders of the built-in extension.
+    """
+
+    def __init__(self) -> None:
+        self.catalog = LoraCatalog(lora_folders(), Path(cache.cache_dir) / INDEX)
+        self._entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
+
+    def known(self, sd_model: Any) -> LoraSession | None:
+        """The session of a model, if it has one that fits its weights."""
+        entry = self._entries.get(sd_model)
+        if entry is None:
+            return None
+        if entry.checkpoint != checkpoint_file(sd_model):
+            self.forget(sd_model)
+            return None
+        return entry.session
+
+    def get(self, sd_model: Any, settings: Settings) -> LoraSession:
+        """The session of a model, made if there is none yet.
+
+        Raises:
+            ModelError: If no part of the model has layers that LoRAs can act on.
+        """
+        session = self.known(sd_model)
+        if session is not None and self._entries[sd_model].store != settings.store:
+            session.unload()
+            session = None
+        if session is None:
+            checkpoint = checkpoint_file(sd_model)
+            session = _new_session(sd_model, self.catalog, settings.store, checkpoint)
+            self._entries[sd_model] = _Entry(session, checkpoint, settings.store)
+        return session
+
+    def forget(self, sd_model: Any) -> None:
+        """Its weights were loaded anew, or thrown away: nothing is fused there any more."""
+        entry = self._entries.pop(sd_model, None)
+        if entry is not None:
+            entry.session.abandon()
+
+    def rest(self, sd_model: Any) -> None:
+        """Give every model but this one its base weights and free what was kept for it."""
+        for other in [model for model in list(self._entries) if model is not sd_model]:
+            self.release(other)
+
+    def release(self, sd_model: Any) -> None:
+        """Base weights back, memory free, session gone."""
+        entry = self._entries.pop(sd_model, None)
+        if entry is None:
+            return
+        gone = any(layer.weight().is_meta for layer in entry.session.keymap)
+        _, error = attempt("giving the base weights back", entry.session.abandon if gone else entry.session.unload)
+        if error is not None:
+            logger.warning("%s", error)
+
+    def release_all(self) -> None:
+        """Every model its base weights."""
+        self.rest(None)
+
+
+def lora_folders() -> list[str]:
+    """Where the built-in extension looks for LoRAs; in that order, so the later folder wins."""
+    named = (getattr(shared.cmd_opts, name, None) for name in ("lora_dir", "lyco_dir_backcompat"))
+    return [folder for folder in named if folder]
+
+
+def checkpoint_file(sd_model: Any) -> str:
+    """Path of the checkpoint whose weights the model has, or ``""``."""
+    return getattr(getattr(sd_model, "sd_checkpoint_info", None), "filename", "") or ""
+
+
+def components(sd_model: Any) -> dict[str, nn.Module]:
+    """``unet``, ``te1``, ``te2``, ``te3`` → module; SD1, SD2, SDXL and its refiner, SD3."""
+    found: dict[str, nn.Module] = {"unet": sd_model.model.diffusion_model}
+    conditioner = getattr(sd_model, "conditioner", None)
+    if conditioner is not None:
+        for embedder in conditioner.embedders:
+            if (wrapped := getattr(embedder, "wrapped", None)) is not None:
+                # CLIP has a `transformer`, open_clip a `model`; the refiner has the second alone.
+                found["te1" if hasattr(wrapped, "transformer") else "te2"] = wrapped
+        return found
+    encoder = sd_model.cond_stage_model
+    parts = {"te1": "clip_l", "te2": "clip_g", "te3": "t5xxl"}
+    sd3 = {key: getattr(encoder, name, None) for key, name in parts.items()}
+    if any(part is not None for part in sd3.values()):
+        return found | {key: part for key, part in sd3.items() if part is not None}
+    return found | {"te1": getattr(encoder, "wrapped", encoder)}
+
+
+def _new_session(sd_model: Any, catalog: LoraCatalog, store: StoreKind, checkpoint: str) -> LoraSession:
+    usable = Path(checkpoint) if checkpoint.lower().endswith(".safetensors") and Path(checkpoint).is_file() else None
+    if store == "checkpoint" and usable is None:
+        logger.warning("Prefuse: base weights can only be read from a .safetensors checkpoint; they are copied")
+        store = "auto"
+    return LoraSession(components(sd_model), catalog, store=store, checkpoint=usable)

@@ -1,0 +1,110 @@
+"""The extension's settings, read anew for each generation."""
+# pyright: basic, reportMissingImports=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from modules import shared
+
+if TYPE_CHECKING:
+    from lib_lora.core.base_store import StoreKind
+    from lib_lora.core.plan import Compat
+    from lib_lora.session import Mode
+
+SECTION = ("prefuse", "Prefuse")
+MODES = ("auto", "prefuse", "hook")
+COMPATS = ("exact", "a1111")
+STORES = ("auto", "device", "pinned", "file")
+CACHE_MB = 1024
+COMPAT_FIELD = "Prefuse compat"
+"""Name in the infotext, by which pasting finds the setting."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How LoRAs are applied to the next picture.
+
+    Attributes:
+        enabled: Whether tags are ours, or the built-in extension's.
+        mode: ``prefuse`` or ``hook``.
+        compat: ``exact`` or ``a1111``.
+        store: Where base weights are kept.
+        cache_bytes: Memory for LoRAs that the prompt does not name at the moment.
+    """
+
+    enabled: bool = True
+    mode: Mode = "prefuse"
+    compat: Compat = "exact"
+    store: StoreKind = "auto"
+    cache_bytes: int = CACHE_MB << 20
+
+
+def read_settings() -> Settings:
+    """The settings as they are now, those of ``override_settings`` included."""
+    store = _choice("prefuse_base_store", STORES)
+    return Settings(
+        enabled=bool(option("prefuse_enabled", True)),
+        mode=_mode(_choice("prefuse_mode", MODES)),
+        compat=cast("Compat", _choice("prefuse_compat", COMPATS)),
+        store=cast("StoreKind", {"file": "checkpoint"}.get(store, store)),
+        cache_bytes=int(max(0.0, float(option("prefuse_cache_mb", CACHE_MB)))) << 20,
+    )
+
+
+def option(name: str, default: Any) -> Any:
+    """One setting of the WebUI; `default` while it is not registered, as at the load of the first model."""
+    value = getattr(shared.opts, name, None)
+    return default if value is None else value
+
+
+def _choice(name: str, choices: tuple[str, ...]) -> str:
+    value = option(name, choices[0])
+    return value if value in choices else choices[0]
+
+
+def _mode(choice: str) -> Mode:
+    """The built-in's ``lora_functional`` asks for what hook mode is, unless the user chose a mode."""
+    if choice == "auto":
+        return "hook" if option("lora_functional", False) else "prefuse"
+    return cast("Mode", choice)
+
+
+def add_settings() -> None:
+    """The section of the settings page."""
+    import gradio as gr
+
+    def add(name: str, default: Any, label: str, info: str, *component: Any, **more: Any) -> None:
+        shown = shared.OptionInfo(default, label, *component, section=SECTION, **more).info(info)
+        shared.opts.add_option(name, shown)
+
+    def radio(choices: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+        return gr.Radio, {"choices": list(choices)}
+
+    add("prefuse_enabled", True, "Apply LoRAs with Prefuse", "off: the built-in extension applies them")
+    add(
+        "prefuse_mode",
+        "auto",
+        "How LoRAs are applied",
+        "prefuse: summed into the weights, so steps take the time they take without; hook: beside the weights; "
+        "auto: prefuse, or hook if the built-in extension's functional method is on",
+        *radio(MODES),
+    )
+    add(
+        "prefuse_compat",
+        "exact",
+        "Arithmetic",
+        "exact: one rounding, whatever the order of the tags; a1111: one LoRA after the other with the rounding of "
+        "the built-in extension, to make old pictures again bit for bit",
+        *radio(COMPATS),
+        infotext=COMPAT_FIELD,
+    )
+    add(
+        "prefuse_base_store",
+        "auto",
+        "Where the untouched weights are kept while LoRAs are in the model",
+        "device: beside the model; pinned: in RAM; file: nowhere, they are read from the checkpoint",
+        *radio(STORES),
+    )
+    add("prefuse_cache_mb", CACHE_MB, "Memory for LoRAs that were used before, in MB", "", gr.Number, {"precision": 0})

@@ -1,0 +1,13 @@
+"""Registers Prefuse with the WebUI, which loads this file at start and at each reload of its page."""
+
+from modules import script_callbacks
+
+from lib_lora.hosts.webui.callbacks import Extension
+
+extension = Extension()
+
+script_callbacks.on_ui_settings(extension.ui_settings)
+script_callbacks.on_before_ui(extension.before_ui)
+script_callbacks.on_app_started(extension.app_started)
+script_callbacks.on_model_loaded(extension.model_loaded)
+script_callbacks.on_script_unloaded(extension.script_unloaded)
