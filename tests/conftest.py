@@ -1,6 +1,16 @@
 """Fixtures every test may use."""
 
+import gc
 import os
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_caches():
+    """What earlier modules keep is not looked through by the collector again at every `unload`."""
+    gc.collect()
+    gc.freeze()
