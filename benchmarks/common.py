@@ -106,11 +106,18 @@ class Table:
 
 @dataclass
 class Report:
-    """All results of one suite on one device and dtype."""
+    """All results of one suite on one device and dtype.
+
+    Attributes:
+        versions: Of what was measured, if that runs in another interpreter.
+        file: Name of the results' files, if there is one device and one dtype only.
+    """
 
     suite: str
     options: Options
     dtype: str
+    versions: dict[str, str] | None = None
+    file: str = ""
     tables: list[Table] = field(default_factory=list[Table])
     claims: list[Claim] = field(default_factory=list[Claim])
 
@@ -127,10 +134,15 @@ class Report:
         if self.options.out is None:
             return
         self.options.out.mkdir(parents=True, exist_ok=True)
-        path = self.options.out / f"{self.options.stem}-{self.options.device.type}-{self.dtype}"
+        path = self.options.out / (self.file or f"{self.options.stem}-{self.options.device.type}-{self.dtype}")
         path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
         path.with_suffix(".json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         print(f"\nwritten: {path}.md, {path.name}.json", flush=True)
+
+    def facts(self) -> dict[str, Any]:
+        """Date, machine and versions."""
+        facts = describe_machine(self.options.device)
+        return facts | {"versions": self.versions or facts["versions"]}
 
     def to_dict(self) -> dict[str, object]:
         """Everything, for JSON."""
@@ -140,14 +152,14 @@ class Report:
             "dtype": self.dtype,
             "model": self.options.model,
             "command": self.options.command,
-            **describe_machine(self.options.device),
+            **self.facts(),
             "claims": [{**asdict(claim), "met": claim.met} for claim in self.claims],
             "tables": [asdict(table) for table in self.tables],
         }
 
     def markdown(self) -> str:
         """Everything, for people."""
-        facts = describe_machine(self.options.device)
+        facts = self.facts()
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         head = [
             f"# {self.suite}: {self.options.model}, {self.options.device.type}, {self.dtype}",

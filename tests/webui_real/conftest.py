@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 
 from tests.webui_real.server import Answer, WebUI
@@ -28,6 +27,8 @@ DEFAULTS = {
     "lora_functional": False,
     "lora_in_memory_limit": 0,
     "sd_lora": "None",
+    "sd_vae": "Automatic",
+    "fp8_storage": "Disable",
 }
 
 
@@ -52,10 +53,12 @@ def make_webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
 
     started: list[WebUI] = []
 
-    def make(*flags: str) -> WebUI:
+    def make(*flags: str, login: str = "") -> WebUI:
         data = tmp_path_factory.mktemp("webui")
         make_models(data)
-        webui = WebUI(Path(os.environ["WEBUI_ROOT"]), os.environ.get("WEBUI_PYTHON", sys.executable), data, flags)
+        webui = WebUI(
+            Path(os.environ["WEBUI_ROOT"]), os.environ.get("WEBUI_PYTHON", sys.executable), data, flags, login=login
+        )
         webui.link_extension()
         started.append(webui)
         webui.start()
@@ -89,9 +92,3 @@ def builtin(webui: WebUI) -> Callable[..., Answer]:
             return webui.draw(prompt, **changes)
 
     return draw
-
-
-def largest_difference(one: np.ndarray, other: np.ndarray) -> int:
-    """In units of 1/255."""
-    assert one.shape == other.shape
-    return int(np.abs(one.astype(int) - other.astype(int)).max())

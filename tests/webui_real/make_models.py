@@ -2,8 +2,9 @@
 
     python -m tests.webui_real.make_models FOLDER [--channels 32] [--seed 0]
 
-`FOLDER` becomes a WebUI data folder: ``models/Stable-diffusion/tiny.safetensors`` with ``tiny.yaml`` beside it, a text
-encoder's configuration and tokenizer in ``clip``, LoRAs in ``models/Lora``. The same seed gives the same bytes.
+`FOLDER` becomes a WebUI data folder: two checkpoints with a ``.yaml`` each in ``models/Stable-diffusion``, the second
+one's VAE in ``models/VAE``, LoRAs in ``models/Lora``, the text encoder's configuration and tokenizer in ``clip``.
+The same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from lib_lora.core.files import save_bytes, save_tensors
 from lib_lora.core.keymap import KeyMap
 from tests.family_files import family_tensors
-from tests.ldm_files import clip_tensors, ldm_tensors, write_checkpoint
+from tests.ldm_files import clip_tensors, ldm_tensors, vae_name, vae_tensor, write_checkpoint
 from tests.toys import c3lier, golden_names, kohya_name, lierla, sd1_unet
 
 if TYPE_CHECKING:
@@ -30,10 +31,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CONTEXT = 64
+TOWER = "cond_stage_model.transformer."
+CHECKPOINTS = ("tiny", "tinytwo")
+OTHER_VAE = "othervae.safetensors"
 GOOD = ("a", "b", "c", "d", "e")
 ALIAS = "echo"
 """What `e` calls itself in its metadata."""
 FAMILIES = {"loha": "LoHa", "dora": "DoRA of outputs"}
+BUNDLE, WORD = "bundle", "zzword"
+"""A LoRA that brings an embedding, and the word that stands for it."""
 TRUNCATED, NOT_FINITE, FOR_SDXL = "cutshort", "notfinite", "forsdxl"
 VOCABULARY = 49408
 CONFIG = """\
@@ -100,13 +106,14 @@ def make_models(folder: Path, *, channels: int = 32, seed: int = 0) -> None:
         channels: Width of the UNet's first level, a multiple of 32; SD1 has 320.
         seed: Of all weights.
     """
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        unet, vae, tower = _unet(channels), _vae(), _tower()
-    _write_checkpoint(folder, channels, unet, vae, tower)
+    for number, name in enumerate(CHECKPOINTS):
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed + number)
+            unet, vae, tower = _unet(channels), _vae(), _tower()
+        _write_checkpoint(folder, name, channels, ldm_tensors(unet, vae, {TOWER: clip_tensors(tower)}))
+    _write_vae(folder / "models/VAE" / OTHER_VAE, vae)
     _write_clip(folder / "clip")
-    keymap = KeyMap.from_modules({"unet": unet, "te1": tower})
-    write_loras(folder / "models/Lora", keymap, seed)
+    write_loras(folder / "models/Lora", KeyMap.from_modules({"unet": unet, "te1": tower}), seed)
 
 
 def write_loras(folder: Path, keymap: KeyMap, seed: int = 0) -> None:
@@ -121,6 +128,9 @@ def write_loras(folder: Path, keymap: KeyMap, seed: int = 0) -> None:
     for number, (name, family) in enumerate(FAMILIES.items(), 11):
         tensors = _of_family(family, unet_only, 100 * seed + number)
         save_tensors(folder / f"{name}.safetensors", tensors, overwrite=True)
+    vectors = torch.randn(2, CONTEXT, generator=torch.Generator().manual_seed(100 * seed + 20))
+    bundled = _lora(layers["a"], rank=4, seed=100 * seed + 20) | {f"bundle_emb.{WORD}.string_to_param.*": vectors}
+    save_tensors(folder / f"{BUNDLE}.safetensors", bundled, overwrite=True)
     _write_bad(folder, lierla(keymap), seed)
 
 
@@ -221,12 +231,17 @@ def _clip_config() -> dict[str, int]:
     }
 
 
-def _write_checkpoint(folder: Path, channels: int, unet: nn.Module, vae: nn.Module, tower: nn.Module) -> None:
-    towers = {"cond_stage_model.transformer.": clip_tensors(tower)}
-    place = folder / "models/Stable-diffusion/tiny.safetensors"
-    write_checkpoint(place, ldm_tensors(unet, vae, towers))
+def _write_checkpoint(folder: Path, name: str, channels: int, tensors: dict[str, Tensor]) -> None:
+    place = folder / f"models/Stable-diffusion/{name}.safetensors"
+    write_checkpoint(place, tensors)
     text = CONFIG.format(channels=channels, context=CONTEXT, clip=json.dumps(str((folder / "clip").resolve())))
     save_bytes(place.with_suffix(".yaml"), text.encode(), overwrite=True)
+
+
+def _write_vae(path: Path, vae: nn.Module) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {vae_name(name): vae_tensor(name, value.detach()) for name, value in vae.named_parameters()}
+    save_tensors(path, tensors, overwrite=True)
 
 
 def _write_clip(folder: Path) -> None:

@@ -90,13 +90,23 @@ class Answer:
 
 @dataclass
 class WebUI:
-    """A WebUI's folder, interpreter and data folder; `start` and `stop` are the process."""
+    """A WebUI's process, from `start` to `stop`.
+
+    Attributes:
+        root: The WebUI's folder.
+        python: Its interpreter.
+        data: Its data folder.
+        flags: Start options besides `FLAGS`.
+        port: On which it answers.
+        login: ``user:password`` that requests carry.
+    """
 
     root: Path
     python: str
     data: Path
     flags: tuple[str, ...] = ()
     port: int = 0
+    login: str = ""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -175,6 +185,8 @@ class WebUI:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", body, {"Content-Type": "application/json"}
         )
+        if self.login:
+            request.add_header("Authorization", f"Basic {base64.b64encode(self.login.encode()).decode()}")
         try:
             with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:  # noqa: S310 - as above
                 return json.loads(answer.read() or "null")
@@ -187,7 +199,12 @@ class WebUI:
         return Answer([picture_of(text) for text in answer["images"]], json.loads(answer["info"]))
 
     def redraw(self, prompt: str, first: np.ndarray, **changes: Any) -> Answer:
-        """img2img from a picture."""
+        """img2img from a picture.
+
+        The WebUI draws the picture's latent from a distribution, with the random numbers that the last request left:
+        the same request comes first, so that they are always the same.
+        """
+        self.draw(prompt, steps=1)
         changes = {"denoising_strength": 0.9, **changes}
         return self.draw(prompt, path="/sdapi/v1/img2img", init_images=[text_of(first)], **changes)
 
@@ -216,6 +233,12 @@ class WebUI:
         while self.console().count(STARTED) == started and time.monotonic() < end:
             time.sleep(0.2)
         self.wait()
+
+
+def largest_difference(one: np.ndarray, other: np.ndarray) -> int:
+    """Between two pictures, in units of 1/255."""
+    assert one.shape == other.shape
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
 def picture_of(text: str) -> np.ndarray:

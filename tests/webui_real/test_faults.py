@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from tests.webui_real.conftest import largest_difference
 from tests.webui_real.make_models import FOR_SDXL, NOT_FINITE, TRUNCATED
+from tests.webui_real.server import largest_difference
 from tests.webui_real.test_pictures import CLEAR, TEXT
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ REFUSED = {
     "a strength that is no number": ("<lora:b:strong>", "strong"),
     "a strength that is not finite": ("<lora:b:nan>", "nan"),
     "a path": ("<lora:../../../etc/passwd:1>", "etc/passwd"),
-    "empty": ("<lora:>", "lora"),
+    "no name": ("<lora::0.8>", "name"),
 }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from tests.webui_real.conftest import largest_difference
+from tests.webui_real.server import AnswerError, largest_difference
 from tests.webui_real.test_pictures import CLEAR, ROUNDING, TEXT
 
 if TYPE_CHECKING:
@@ -45,3 +45,17 @@ def test_it_loads_without_an_error(one_webui: WebUI) -> None:
     assert "Error loading script" not in printed
     assert "Error executing callback" not in printed
     assert "Error calling" not in printed
+
+
+@pytest.mark.slow
+def test_the_api_wants_the_password_of_the_webui(make_webui: Callable[..., WebUI]) -> None:
+    webui = make_webui("--api-auth", "someone:secret", login="someone:secret")
+    try:
+        assert webui.get("/prefuse/v1/state")["applied"] == []
+        for login in ("", "someone:wrong", "else:secret"):
+            webui.login = login
+            for path, body in (("state", None), ("catalog", None), ("resolve", {"prompt": TEXT}), ("release", {})):
+                with pytest.raises(AnswerError, match="401"):
+                    webui.get(f"/prefuse/v1/{path}") if body is None else webui.post(f"/prefuse/v1/{path}", body)
+    finally:
+        webui.stop()

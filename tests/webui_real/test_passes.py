@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests.webui_real.conftest import largest_difference
-from tests.webui_real.server import text_of
+from tests.webui_real.server import largest_difference, text_of
 from tests.webui_real.test_pictures import CLEAR, ROUNDING, TEXT
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from tests.webui_real.conftest import largest_difference
 from tests.webui_real.make_models import ALIAS, GOOD
+from tests.webui_real.server import largest_difference
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from tests.webui_real.conftest import largest_difference
 from tests.webui_real.make_models import ALIAS, GOOD
-from tests.webui_real.server import AnswerError
+from tests.webui_real.server import AnswerError, largest_difference
 from tests.webui_real.test_pictures import CLEAR, ROUNDING, TEXT
 
 if TYPE_CHECKING:
