@@ -6,7 +6,6 @@ from lib_lora.hosts.webui.callbacks import Extension
 
 extension = Extension()
 
-script_callbacks.on_ui_settings(extension.ui_settings)
 script_callbacks.on_before_ui(extension.before_ui)
 script_callbacks.on_app_started(extension.app_started)
 script_callbacks.on_model_loaded(extension.model_loaded)

@@ -12,6 +12,7 @@ from modules import devices, shared
 
 from lib_lora.errors import ForeignWriteError, PrefuseError
 from lib_lora.hosts.webui.embeddings import BundledEmbeddings
+from lib_lora.hosts.webui.extra_network import REQUEST
 from lib_lora.hosts.webui.guard import attempt, logger, sentence
 from lib_lora.hosts.webui.hashes import short_hashes
 from lib_lora.hosts.webui.infotext import write_infotext, write_status
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from lib_lora.hosts.webui.settings import Settings
     from lib_lora.hosts.webui.takeover import TakeOver
     from lib_lora.session import LoraSession
-
-REQUEST = "prefuse_request"
-"""Where a generation keeps what it asked for: a refiner is loaded without another call of `activate`."""
 
 
 class ActiveLoras:
@@ -80,11 +78,6 @@ class ActiveLoras:
         session = self._applied_to[1]
         key = session.applied_key if session is not None else ""
         return ("prefuse", key and f"{self.report.mode}|{key}", *self._embeddings.names)
-
-    def drop(self, p: Any) -> None:
-        """This generation's LoRAs are another extension's."""
-        if hasattr(p, REQUEST):
-            delattr(p, REQUEST)
 
     def leave(self) -> None:
         """Base weights back in every model, memory free."""

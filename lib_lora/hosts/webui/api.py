@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from modules import call_queue, sd_models, shared
 from pydantic import BaseModel, Field
 
-from lib_lora.hosts.webui.model import checkpoint_file
+from lib_lora.hosts.webui.loaded import checkpoint_file
 from lib_lora.hosts.webui.settings import read_settings
 from lib_lora.prompt.tags import parse_prompt
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lib_lora.hosts.webui.active import ActiveLoras
     from lib_lora.hosts.webui.takeover import TakeOver
     from lib_lora.report import SessionReport
@@ -93,13 +95,13 @@ class Catalog(BaseModel):
 class Api:
     """The answers, without HTTP."""
 
-    def __init__(self, loras: ActiveLoras, takeover: TakeOver) -> None:
+    def __init__(self, loras: Callable[[], ActiveLoras], takeover: TakeOver) -> None:
         self._loras = loras
         self._takeover = takeover
 
     def state(self) -> State:
         """What is applied now."""
-        report = self._loras.report
+        report = self._loras().report
         settings = read_settings()
         return State(
             **_report(report),
@@ -116,12 +118,12 @@ class Api:
 
     def resolve(self, body: Prompt) -> Report:
         """What a prompt would apply to the model of the moment; nothing is changed."""
-        session = self._loras.sessions.get(shared.sd_model, read_settings())
+        session = self._loras().sessions.get(shared.sd_model, read_settings())
         return Report(**_report(session.preview(parse_prompt(body.prompt))))
 
     def catalog(self) -> Catalog:
         """All LoRA files."""
-        catalog = self._loras.sessions.catalog
+        catalog = self._loras().sessions.catalog
         files = [
             File(name=entry.name, alias=entry.alias, tag=entry.tag_name, notes=list(entry.notes))
             for entry in catalog.entries()
@@ -130,13 +132,13 @@ class Api:
 
     def rescan(self) -> Catalog:
         """Look for new, changed and lost files."""
-        self._loras.sessions.catalog.refresh()
+        self._loras().sessions.catalog.refresh()
         return self.catalog()
 
     def release(self) -> State:
         """Base weights back and all memory free, as soon as no picture is being made."""
         with call_queue.queue_lock:
-            self._loras.leave()
+            self._loras().leave()
         return self.state()
 
 

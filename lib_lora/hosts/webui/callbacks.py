@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from lib_lora.hosts.webui.guard import attempt
@@ -20,11 +21,10 @@ class Extension:
     """Made anew with each load of the WebUI's scripts; what is fused is recorded on the models, not here."""
 
     def __init__(self) -> None:
-        self._loras: ActiveLoras | None = None
         self._takeover: TakeOver | None = None
-
-    def ui_settings(self) -> None:
-        """The settings page is being made."""
+        self._active: ActiveLoras | None = None
+        self._lock = threading.Lock()
+        # Not in `on_ui_settings`: with --nowebui there is no page, and the API's options are made before the server is.
         _guarded("adding the settings", add_settings)
 
     def before_ui(self) -> None:
@@ -44,44 +44,49 @@ class Extension:
         _guarded("giving everything back", self._stop)
 
     def _start(self, app: Any) -> None:
-        # Torch is there, but forty modules of ours are not, and the page waits for nothing that they do.
-        from lib_lora.hosts.webui.active import ActiveLoras
         from lib_lora.hosts.webui.api import Api, add_routes
         from lib_lora.hosts.webui.conds import extend_cond_key
         from lib_lora.hosts.webui.extra_network import PrefuseNetwork
-        from lib_lora.hosts.webui.model import Sessions
         from lib_lora.hosts.webui.takeover import TakeOver
 
         if self._takeover is None:
             self._takeover = TakeOver()
-            self._loras = ActiveLoras(Sessions(), self._takeover)
-            extend_cond_key(self._loras.cond_state)
+            extend_cond_key(lambda p: self._loras().cond_state(p))
             self._takeover.register(PrefuseNetwork(self._loras, self._takeover))
             add_routes(app, Api(self._loras, self._takeover))
 
+    def _loras(self) -> ActiveLoras:
+        """What does the work; made when it is first needed, for it brings forty modules of ours."""
+        from lib_lora.hosts.webui.active import ActiveLoras
+        from lib_lora.hosts.webui.model import Sessions
+
+        with self._lock:
+            if self._takeover is None:
+                raise RuntimeError("the WebUI has unloaded the extension")
+            if self._active is None:
+                self._active = ActiveLoras(Sessions(), self._takeover)
+            return self._active
+
     def _meet(self, sd_model: Any) -> None:
-        if self._loras is None or self._takeover is None:
-            return
-        self._loras.model_loaded(sd_model)
-        if read_settings().enabled:
+        if self._active is not None:
+            self._active.model_loaded(sd_model)
+        if self._takeover is not None and read_settings().enabled:
             self._takeover.take()
 
     def _stop(self) -> None:
         from lib_lora.hosts.webui.conds import restore_cond_key
 
         restore_cond_key()
-        if self._loras is not None and self._takeover is not None:
-            self._loras.leave()
+        if self._active is not None:
+            self._active.leave()
+        if self._takeover is not None:
             self._takeover.give_back(patch=False)
-        self._loras = self._takeover = None
+        self._active = self._takeover = None
 
     def _names(self) -> Sequence[str]:
         """Names that tags of the X/Y/Z plot can have."""
-        from lib_lora.catalog import LoraCatalog
-        from lib_lora.hosts.webui.model import lora_folders
-
-        catalog = LoraCatalog(lora_folders()) if self._loras is None else self._loras.sessions.catalog
-        return sorted(entry.tag_name for entry in catalog.entries() if entry.tag_name)
+        entries = self._loras().sessions.catalog.entries() if self._takeover is not None else ()
+        return sorted(entry.tag_name for entry in entries if entry.tag_name)
 
 
 def _guarded(what: str, action: Callable[[], None]) -> None:

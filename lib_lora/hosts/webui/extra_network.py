@@ -13,16 +13,20 @@ from lib_lora.hosts.webui.settings import option, read_settings
 from lib_lora.hosts.webui.takeover import TAG
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lib_lora.hosts.webui.active import ActiveLoras
     from lib_lora.hosts.webui.takeover import TakeOver
 
 NO_NETWORK = "None"
+REQUEST = "prefuse_request"
+"""Where a generation keeps what it asked for: a refiner is loaded without another call of `activate`."""
 
 
 class PrefuseNetwork(extra_networks.ExtraNetwork):
     """Ours while the setting is on, else a door to the built-in extension's."""
 
-    def __init__(self, loras: ActiveLoras, takeover: TakeOver) -> None:
+    def __init__(self, loras: Callable[[], ActiveLoras], takeover: TakeOver) -> None:
         super().__init__(TAG)
         self._loras = loras
         self._takeover = takeover
@@ -51,13 +55,13 @@ class PrefuseNetwork(extra_networks.ExtraNetwork):
     def _activate(self, p: Any, params_list: list[Any]) -> None:
         self._takeover.take()
         params = [*params_list, *_network_of_settings(p, params_list)]
-        self._loras.request(p, [(one.positional, one.named) for one in params])
+        self._loras().request(p, [(one.positional, one.named) for one in params])
 
     def _hand_over(self, p: Any, params_list: list[Any]) -> None:
         if self._takeover.in_charge:
-            self._loras.leave()
+            self._loras().leave()
             self._takeover.give_back()
-        self._loras.drop(p)
+        vars(p).pop(REQUEST, None)
         if self._takeover.fallback is not None:
             self._takeover.fallback.activate(p, params_list)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from modules import cache, shared
+from modules import cache
 
 from lib_lora.catalog import LoraCatalog
 from lib_lora.hosts.webui.guard import attempt, logger
+from lib_lora.hosts.webui.loaded import checkpoint_file, lora_folders
 from lib_lora.session import LoraSession
 
 if TYPE_CHECKING:
@@ -99,17 +100,6 @@ class Sessions:
     def release_all(self) -> None:
         """Every model its base weights."""
         self.rest(None)
-
-
-def lora_folders() -> list[str]:
-    """Where the built-in extension looks for LoRAs; in that order, so the later folder wins."""
-    named = (getattr(shared.cmd_opts, name, None) for name in ("lora_dir", "lyco_dir_backcompat"))
-    return [folder for folder in named if folder]
-
-
-def checkpoint_file(sd_model: Any) -> str:
-    """Path of the checkpoint whose weights the model has, or ``""``."""
-    return getattr(getattr(sd_model, "sd_checkpoint_info", None), "filename", "") or ""
 
 
 def components(sd_model: Any) -> dict[str, nn.Module]:

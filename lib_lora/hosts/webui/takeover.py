@@ -10,7 +10,6 @@ import torch
 from modules import extra_networks, patches, sd_models
 
 from lib_lora.hosts.webui.builtin import builtin_networks, file_on_disk
-from lib_lora.hosts.webui.hashes import UnambiguousHashes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -29,13 +28,11 @@ class TakeOver:
     Attributes:
         fallback: The built-in extension's extra network, or None if the extension is off.
         in_charge: Whether LoRAs are ours at the moment.
-        registered: Whether the WebUI calls us at all.
     """
 
     def __init__(self) -> None:
         self.fallback: Any = None
         self.in_charge = False
-        self.registered = False
 
     def register(self, network: Any) -> None:
         """Put `network` in the place of the built-in one; once, however often it is called."""
@@ -44,13 +41,14 @@ class TakeOver:
             self.fallback = registered
             extra_networks.register_extra_network(network)
         extra_networks.register_extra_network_alias(network, ALIAS)
-        self.registered = True
 
     def take(self) -> None:
         """The built-in extension lets go of the weights and of the forwards of torch's classes.
 
         To be called where no model is being loaded: its loader would put the forwards that it found back in the end.
         """
+        from lib_lora.hosts.webui.hashes import UnambiguousHashes  # with the catalog, which the start does not wait for
+
         networks = builtin_networks()
         if not self.in_charge and networks is not None:
             networks.load_networks([])

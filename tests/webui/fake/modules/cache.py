@@ -1,0 +1,3 @@
+"""Where caches are kept on disk; set by the tests."""
+
+cache_dir = ""
