@@ -25,7 +25,7 @@ RUN_FILES = ("requirements.txt", "requirements-data.txt")
 COMMANDS = {
     "demo": (("-m", "lib_lora", "demo"), RUN_FILES),
     "bench": (("-m", "lib_lora", "bench"), RUN_FILES),
-    "test": (("-m", "pytest"), (*RUN_FILES, "requirements-dev.txt")),
+    "test": (("-m", "pytest", "-n", "auto", "--dist", "worksteal"), (*RUN_FILES, "requirements-dev.txt")),
 }
 USAGE = """usage: python run.py COMMAND [options]
 

@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core, so one thread for each process
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
