@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -269,4 +271,35 @@ def test_a_random_walk_ends_in_the_base(webui):
         )
     webui.picture("x")
     assert webui.state() == base
+    assert not webui.modules.errors.shown
+
+
+def test_the_same_checkpoint_loaded_anew_is_a_new_base(webui, expected):
+    """As when fp8 storage is switched: a LoRA whose part does nothing leaves weights that look untouched."""
+    webui.picture("a cat <lora:ink:0.8:0.0001>")
+    webui.modules.sd_models.reload_model_weights(forced_reload=True)
+    assert torch.equal(webui.picture("a cat <lora:wash:0.5>"), expected(WASH, "a cat "))
+    assert torch.equal(webui.picture("a cat"), expected([], "a cat"))
+
+
+def test_a_callback_without_new_weights_changes_nothing(webui, expected):
+    """As after a change of the VAE."""
+    webui.picture("a cat <lora:ink:0.8>")
+    webui.modules.script_callbacks.run("model_loaded", webui.model)
+    assert torch.equal(webui.picture("a cat"), expected([], "a cat"))
+
+
+def test_a_fault_in_what_others_are_told_costs_no_lora(webui, expected, monkeypatch):
+    webui.picture("a cat <lora:wash:0.5>")
+    monkeypatch.setattr(webui.networks, "available_networks", None)  # another extension's doing
+    assert torch.equal(webui.picture("a cat <lora:ink:0.8>"), expected(INK, "a cat "))
+    assert not webui.modules.errors.shown
+
+
+def test_a_fault_before_anything_is_applied_leaves_the_base(webui, expected, monkeypatch):
+    webui.picture("a cat <lora:wash:0.5>")
+    monkeypatch.setattr(sys.modules["lib_lora.hosts.webui.active"], "parse_arguments", lambda _: 1 / 0)
+    done = webui.generate("a cat <lora:ink:0.8>")
+    assert torch.equal(done.images[0], expected([], "a cat "))
+    assert "are not applied" in done.comments
     assert not webui.modules.errors.shown

@@ -58,7 +58,7 @@ class ActiveLoras:
         setattr(p, REQUEST, parsed)
         self._apply(parsed, settings)
         self._tell(p)
-        write_infotext(p, self.report, short_hashes(self.sessions.catalog, self.report.applied), settings)
+        attempt("writing the infotext", lambda: self._write_infotext(p, settings))
         write_status(p, self.report, "hires" if getattr(p, "is_hr_pass", False) else "first")
 
     def cond_state(self, p: Any) -> tuple[Any, ...]:
@@ -82,13 +82,14 @@ class ActiveLoras:
     def leave(self) -> None:
         """Base weights back in every model, memory free."""
         self._embeddings.show(())
+        self._takeover.show(())
         self.sessions.release_all()
         self._request, self._applied_to = None, (None, None)
         self.report = SessionReport()
 
     def model_loaded(self, sd_model: Any) -> None:
         """Other weights may be in the model now."""
-        self.sessions.known(sd_model)
+        self.sessions.weights_loaded(sd_model)
         self._request = None
 
     def _is_applied(self, parsed: ParsedPrompt) -> bool:
@@ -108,8 +109,8 @@ class ActiveLoras:
                 _leave_autocast(without_autocast)
                 session, self.report = self._set(sd_model, parsed, settings)
         self._request, self._applied_to = parsed, (sd_model, session)
-        self._embeddings.show(self.report.applied)
-        self._takeover.show(self.report.applied)
+        attempt("registering embeddings of LoRAs", lambda: self._embeddings.show(self.report.applied))
+        attempt("listing the LoRAs for other extensions", lambda: self._takeover.show(self.report.applied))
 
     def _set(self, sd_model: Any, parsed: ParsedPrompt, settings: Settings) -> tuple[LoraSession | None, SessionReport]:
         session, error = attempt("preparing the model", lambda: self.sessions.get(sd_model, settings))
@@ -118,6 +119,9 @@ class ActiveLoras:
         note = _set_up(session, sd_model, settings)
         report = _set_or_refuse(session, parsed)
         return session, replace(report, notes=(*note, *report.notes))
+
+    def _write_infotext(self, p: Any, settings: Settings) -> None:
+        write_infotext(p, self.report, short_hashes(self.sessions.catalog, self.report.applied), settings)
 
     def _tell(self, p: Any) -> None:
         report = self.report

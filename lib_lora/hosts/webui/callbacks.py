@@ -51,7 +51,7 @@ class Extension:
 
         if self._takeover is None:
             self._takeover = TakeOver()
-            extend_cond_key(lambda p: self._loras().cond_state(p))
+            extend_cond_key(lambda p: () if self._active is None else self._active.cond_state(p))
             self._takeover.register(PrefuseNetwork(self._loras, self._takeover))
             add_routes(app, Api(self._loras, self._takeover))
 

@@ -45,7 +45,9 @@ class PrefuseNetwork(extra_networks.ExtraNetwork):
             return
         _, error = attempt("applying LoRAs", lambda: self._activate(p, params_list))
         if error is not None:
-            tell(p, f"the LoRAs of this picture were not applied: {sentence(error)}")
+            vars(p).pop(REQUEST, None)
+            attempt("giving the base weights back", lambda: self._loras().leave())
+            tell(p, f"the LoRAs of this picture are not applied: {sentence(error)}")
 
     def deactivate(self, p: Any) -> None:
         """The end of a generation. What is applied stays: the next `activate` compares and changes what differs."""

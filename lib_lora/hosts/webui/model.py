@@ -17,6 +17,7 @@ from lib_lora.session import LoraSession
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
     from lib_lora.core.base_store import StoreKind
     from lib_lora.hosts.webui.settings import Settings
@@ -32,11 +33,15 @@ class _Entry:
         session: The session.
         checkpoint: File that the weights came from.
         store: The setting it was made with.
+        loads: Gets an item with each load of weights into the UNet.
+        handle: Ends that.
     """
 
     session: LoraSession
     checkpoint: str
     store: StoreKind
+    loads: list[object]
+    handle: RemovableHandle
 
 
 class Sessions:
@@ -68,18 +73,29 @@ class Sessions:
         """
         session = self.known(sd_model)
         if session is not None and self._entries[sd_model].store != settings.store:
-            session.unload()
+            self.release(sd_model)
             session = None
         if session is None:
             checkpoint = checkpoint_file(sd_model)
             session = _new_session(sd_model, self.catalog, settings.store, checkpoint)
-            self._entries[sd_model] = _Entry(session, checkpoint, settings.store)
+            loads: list[object] = []
+            # The same checkpoint can be loaded anew, as when fp8 is switched on; no callback tells it from another VAE.
+            unet = sd_model.model.diffusion_model
+            handle = unet.register_load_state_dict_post_hook(lambda _, keys: loads.append(keys))
+            self._entries[sd_model] = _Entry(session, checkpoint, settings.store, loads, handle)
         return session
+
+    def weights_loaded(self, sd_model: Any) -> None:
+        """A model was loaded, or its VAE: if its own weights were, they are the base now."""
+        entry = self._entries.get(sd_model)
+        if entry is not None and entry.loads:
+            self.forget(sd_model)
 
     def forget(self, sd_model: Any) -> None:
         """Its weights were loaded anew, or thrown away: nothing is fused there any more."""
         entry = self._entries.pop(sd_model, None)
         if entry is not None:
+            entry.handle.remove()
             entry.session.abandon()
 
     def rest(self, sd_model: Any) -> None:
@@ -92,6 +108,7 @@ class Sessions:
         entry = self._entries.pop(sd_model, None)
         if entry is None:
             return
+        entry.handle.remove()
         gone = any(layer.weight().is_meta for layer in entry.session.keymap)
         _, error = attempt("giving the base weights back", entry.session.abandon if gone else entry.session.unload)
         if error is not None:

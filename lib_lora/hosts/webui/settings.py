@@ -49,7 +49,7 @@ def read_settings() -> Settings:
         mode=_mode(_choice("prefuse_mode", MODES)),
         compat=cast("Compat", _choice("prefuse_compat", COMPATS)),
         store=cast("StoreKind", {"file": "checkpoint"}.get(store, store)),
-        cache_bytes=int(max(0.0, float(option("prefuse_cache_mb", CACHE_MB)))) << 20,
+        cache_bytes=_bytes(option("prefuse_cache_mb", CACHE_MB)),
     )
 
 
@@ -62,6 +62,13 @@ def option(name: str, default: Any) -> Any:
 def _choice(name: str, choices: tuple[str, ...]) -> str:
     value = option(name, choices[0])
     return value if value in choices else choices[0]
+
+
+def _bytes(megabytes: Any) -> int:
+    try:
+        return max(0, int(megabytes)) << 20
+    except (TypeError, ValueError, OverflowError):
+        return CACHE_MB << 20
 
 
 def _mode(choice: str) -> Mode:
