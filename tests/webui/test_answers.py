@@ -29,6 +29,12 @@ def prompt(text):
     return Prompt(prompt=text)
 
 
+def nothing():
+    from lib_lora.hosts.webui.api import Nothing
+
+    return Nothing()
+
+
 def test_state_tells_what_is_applied_and_where_the_base_is(webui):
     webui.picture("a <lora:ink:0.8><lora:nosuch:1>")
     state = call(webui, "state")
@@ -55,13 +61,13 @@ def test_catalog_and_rescan_list_the_files(webui):
     files = {one["name"]: one for one in call(webui, "catalog")["files"]}
     assert files["alias"]["alias"] == "echo"
     assert "incomplete" in files["broken"]["notes"][0]
-    assert call(webui, "rescan")["files"] == call(webui, "catalog")["files"]
+    assert call(webui, "rescan", nothing())["files"] == call(webui, "catalog")["files"]
 
 
 def test_release_gives_the_base_back(webui, expected):
     base = webui.state()
     webui.picture("a cat <lora:ink:0.8>")
-    assert call(webui, "release")["applied"] == []
+    assert call(webui, "release", nothing())["applied"] == []
     assert webui.state() == base
     assert torch.equal(webui.picture("a cat <lora:ink:0.8>"), expected([("ink", 0.8)], "a cat "))
 

@@ -76,6 +76,10 @@ class Prompt(BaseModel):
     prompt: str = Field(default="", max_length=MOST_LETTERS)
 
 
+class Nothing(BaseModel):
+    """The body of requests that change something: a form on a foreign page can not send JSON."""
+
+
 class File(BaseModel):
     """One LoRA file."""
 
@@ -130,12 +134,12 @@ class Api:
         ]
         return Catalog(files=files, notes=list(catalog.notes))
 
-    def rescan(self) -> Catalog:
+    def rescan(self, body: Nothing) -> Catalog:
         """Look for new, changed and lost files."""
         self._loras().sessions.catalog.refresh()
         return self.catalog()
 
-    def release(self) -> State:
+    def release(self, body: Nothing) -> State:
         """Base weights back and all memory free, as soon as no picture is being made."""
         with call_queue.queue_lock:
             self._loras().leave()
