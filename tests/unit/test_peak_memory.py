@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from lib_lora.core.adapters import load_adapter
 from lib_lora.core.numerics import SCRATCH_BYTES, Term, fuse_layer
@@ -31,9 +31,9 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         known = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+            leaf.untyped_storage()._cdata for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)
         }
-        for leaf in tree_leaves(result):
+        for leaf in tree_flatten(result)[0]:
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in known:
                 storage = leaf.untyped_storage()
                 self.alive[storage._cdata] = storage.nbytes()
