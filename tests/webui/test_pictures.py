@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lib_lora.core import numerics
+from lib_lora.core.files import save_tensors
 from lib_lora.core.keymap import KeyMap
-from tests.toys import digest, lierla, write_lora
+from tests.toys import digest, lierla, lora_tensors, write_lora
 
 INK = [("ink", 0.8)]
 WASH = [("wash", 0.5)]
@@ -274,12 +275,32 @@ def test_a_random_walk_ends_in_the_base(webui):
     assert not webui.modules.errors.shown
 
 
-def test_the_same_checkpoint_loaded_anew_is_a_new_base(webui, expected):
-    """As when fp8 storage is switched: a LoRA whose part does nothing leaves weights that look untouched."""
-    webui.picture("a cat <lora:ink:0.8:0.0001>")
+@pytest.fixture
+def half(webui, lora_dir):
+    """A LoRA that changes half of its layers by nothing: their weights look untouched when they are fused."""
+    layers = lierla(KeyMap.from_modules(webui.model.parts()))
+    path = lora_dir / "half.safetensors"
+    save_tensors(path, lora_tensors(layers[::2]) | lora_tensors(layers[1::2], std=0.0), {})
+    yield
+    path.unlink()
+
+
+def test_the_same_checkpoint_loaded_anew_is_a_new_base(webui, half, expected):
+    """As when fp8 storage is switched."""
+    webui.picture("a cat <lora:half:0.8>")
     webui.modules.sd_models.reload_model_weights(forced_reload=True)
     assert torch.equal(webui.picture("a cat <lora:wash:0.5>"), expected(WASH, "a cat "))
     assert torch.equal(webui.picture("a cat"), expected([], "a cat"))
+
+
+def test_a_checkpoint_that_an_extension_loads_by_itself_is_a_new_base(webui, half, expected):
+    webui.set(sd_model_checkpoint="first")
+    webui.picture("a cat <lora:half:0.8>")
+    sd_models = webui.modules.sd_models
+    sd_models.load_model_weights(webui.model, sd_models.checkpoints["second"][0])
+    webui.set(sd_model_checkpoint="second")
+    assert torch.equal(webui.picture("a cat <lora:wash:0.5>"), expected(WASH, "a cat ", "second"))
+    assert torch.equal(webui.picture("a cat"), expected([], "a cat", "second"))
 
 
 def test_a_callback_without_new_weights_changes_nothing(webui, expected):
