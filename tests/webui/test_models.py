@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
 
@@ -52,3 +55,22 @@ def test_the_folders_are_the_built_ins_and_the_later_wins(fake_modules):
     assert lora_folders() == ["a"]
     shared.cmd_opts.lyco_dir_backcompat = "b"
     assert lora_folders() == ["a", "b"]
+
+
+def test_a_model_that_is_thrown_away_takes_what_was_kept_for_it_along(webui):
+    webui.picture("a <lora:ink:1>")
+    gone = weakref.ref(webui.model)
+    model_data = webui.modules.sd_models.model_data
+    model_data.sd_model, model_data.loaded_sd_models = None, []
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_model_that_was_moved_to_the_meta_device_is_forgotten(webui, expected):
+    """As the WebUI does with models that it throws away, while something still holds them."""
+    webui.picture("a cat <lora:ink:0.8>")
+    held, model_data = webui.model, webui.modules.sd_models.model_data
+    model_data.sd_model, model_data.loaded_sd_models, model_data.was_loaded_at_least_once = None, [], False
+    held.to("meta")
+    assert torch.equal(webui.picture("a cat <lora:ink:0.8>"), expected([("ink", 0.8)], "a cat "))
+    assert not webui.modules.errors.shown

@@ -6,6 +6,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from modules import devices, shared
@@ -22,7 +23,7 @@ from lib_lora.prompt.tags import ParsedPrompt, TagProblem, parse_arguments
 from lib_lora.report import RefusedLora, SessionReport
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lib_lora.hosts.webui.model import Sessions
     from lib_lora.hosts.webui.settings import Settings
@@ -44,7 +45,8 @@ class ActiveLoras:
         self._takeover = takeover
         self._embeddings = BundledEmbeddings()
         self._request: ParsedPrompt | None = None
-        self._applied_to: tuple[object, LoraSession | None] = (None, None)
+        # Weak, for a model that is thrown away shall not wait here until another one is loaded.
+        self._applied_to: tuple[Callable[[], object], Callable[[], LoraSession | None]] = (_nothing, _nothing)
 
     def request(self, p: Any, tags: Sequence[tuple[Sequence[object], Mapping[str, object]]]) -> None:
         """Apply the tags of a pass, and tell what came of it.
@@ -75,7 +77,7 @@ class ActiveLoras:
                 return (object(),)
             self._log()
             write_status(p, self.report, "refiner")
-        session = self._applied_to[1]
+        session = self._applied_to[1]()
         key = session.applied_key if session is not None else ""
         return ("prefuse", key and f"{self.report.mode}|{key}", *self._embeddings.names)
 
@@ -84,7 +86,7 @@ class ActiveLoras:
         self._embeddings.show(())
         self._takeover.show(())
         self.sessions.release_all()
-        self._request, self._applied_to = None, (None, None)
+        self._request, self._applied_to = None, (_nothing, _nothing)
         self.report = SessionReport()
 
     def model_loaded(self, sd_model: Any) -> None:
@@ -95,7 +97,9 @@ class ActiveLoras:
     def _is_applied(self, parsed: ParsedPrompt) -> bool:
         sd_model, session = self._applied_to
         return (
-            parsed is self._request and sd_model is shared.sd_model and session is self.sessions.known(shared.sd_model)
+            parsed is self._request
+            and sd_model() is shared.sd_model
+            and session() is self.sessions.known(shared.sd_model)
         )
 
     def _apply(self, parsed: ParsedPrompt, settings: Settings) -> None:
@@ -108,7 +112,8 @@ class ActiveLoras:
             with ExitStack() as without_autocast:
                 _leave_autocast(without_autocast)
                 session, self.report = self._set(sd_model, parsed, settings)
-        self._request, self._applied_to = parsed, (sd_model, session)
+        self._request = parsed
+        self._applied_to = (ref(sd_model), _nothing if session is None else ref(session))
         attempt("registering embeddings of LoRAs", lambda: self._embeddings.show(self.report.applied))
         attempt("listing the LoRAs for other extensions", lambda: self._takeover.show(self.report.applied))
 
@@ -128,7 +133,7 @@ class ActiveLoras:
         for refused in report.refused:
             tell(p, refused.reason)
             if option("lora_not_found_gradio_warning", False):
-                _pop_up(refused.reason)
+                attempt("showing a warning", lambda text=refused.reason: _pop_up(text))
         for note in report.notes:
             tell(p, note)
 
@@ -181,6 +186,10 @@ def _all_refused(parsed: ParsedPrompt, error: Exception | None) -> SessionReport
     reason = "" if error is None else sentence(error)
     refused = [RefusedLora(request.name, f"{request.name} is not applied: {reason}") for request in parsed.requests]
     return SessionReport(refused=(*map(_refused, parsed.problems), *refused))
+
+
+def _nothing() -> None:
+    """What a weak reference to nothing gives."""
 
 
 def _leave_autocast(stack: ExitStack) -> None:

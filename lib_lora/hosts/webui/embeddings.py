@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from modules import sd_hijack, shared
 from modules.textual_inversion import textual_inversion
 
+from lib_lora.core.files import FileIdentity
 from lib_lora.core.network import load_network
 from lib_lora.hosts.webui.guard import logger
 from lib_lora.hosts.webui.settings import option
@@ -38,6 +39,7 @@ class BundledEmbeddings:
 
     def __init__(self) -> None:
         self._shown: dict[str, str] = {}
+        self._files: list[FileIdentity] = []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -50,11 +52,16 @@ class BundledEmbeddings:
         if not wanted and not self._shown:
             return
         database = sd_hijack.model_hijack.embedding_db
+        files = [FileIdentity.of(lora.path) for lora in wanted]
+        # The WebUI forgets them when it looks through the embeddings' folder.
+        if files == self._files and self._shown.keys() <= database.word_embeddings.keys():
+            return
         for name in self._shown:
             database.register_embedding_by_name(None, shared.sd_model, name)
-        self._shown = {}
+        self._shown, self._files = {}, []
         for lora in wanted:
             self._register(database, lora)
+        self._files = files
 
     def _register(self, database: Any, lora: AppliedLora) -> None:
         for name, tensors in load_network(lora.path).embeddings.items():
