@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.webui_real.browser import MISSING as NO_BROWSER
 from tests.webui_real.server import Answer, WebUI
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
-    if any(MISSING in str(report.longrepr) for report in skipped):
-        terminalreporter.write_line(MISSING, yellow=True)
+    for reason in (MISSING, NO_BROWSER):
+        if any(reason in str(report.longrepr) for report in skipped):
+            terminalreporter.write_line(reason, yellow=True)
 
 
 @pytest.fixture(scope="session")

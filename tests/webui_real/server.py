@@ -143,19 +143,25 @@ class WebUI:
         self.wait()
         return time.monotonic() - begun
 
-    def wait(self) -> None:
-        """Until it answers, also to a first generation."""
+    def wait(self, starts: int = 1) -> None:
+        """Until it has started so many times in all and has a model.
+
+        A request before its API is there would make it end: its server takes no middleware after the first one.
+        """
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
             if self.process is None or self.process.poll() is not None:
                 raise RuntimeError(f"the WebUI ended while it started:\n{self.console()[-4000:]}")
-            try:
-                if self.get("/sdapi/v1/options")["sd_model_checkpoint"]:
-                    return
-            except (AnswerError, OSError, KeyError):
-                pass
-            time.sleep(0.3)
+            if self.console().count(STARTED) >= starts and self._has_model():
+                return
+            time.sleep(0.2)
         raise RuntimeError(f"the WebUI did not answer within {START_SECONDS} s:\n{self.console()[-4000:]}")
+
+    def _has_model(self) -> bool:
+        try:
+            return bool(self.get("/sdapi/v1/options")["sd_model_checkpoint"])
+        except (AnswerError, OSError, KeyError):
+            return False
 
     def stop(self) -> None:
         """End the process and those it started."""
@@ -227,12 +233,9 @@ class WebUI:
         config = self.get("/config")
         button = next(part["id"] for part in config["components"] if part["props"].get("value") == "Reload UI")
         number = next(i for i, call in enumerate(config["dependencies"]) if button in call["targets"])
-        started = self.console().count(STARTED)
+        starts = self.console().count(STARTED)
         self.post("/run/predict", {"fn_index": number, "data": [], "session_hash": "reload"})
-        end = time.monotonic() + START_SECONDS
-        while self.console().count(STARTED) == started and time.monotonic() < end:
-            time.sleep(0.2)
-        self.wait()
+        self.wait(starts + 1)
 
 
 def largest_difference(one: np.ndarray, other: np.ndarray) -> int:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 PROMPT = f"{TEXT} <lora:a:0.6><lora:b:0.2>"
 FIRST, SECOND = CHECKPOINTS
 HASHES = "TI hashes"
+AS_GOOD = 1.5
+"""Times the built-in's mean distance to the picture of fp32 weights; of both, nearly all is what 8 bits cost."""
 REFINED = {"refiner_checkpoint": SECOND, "refiner_switch_at": 0.5, "steps": 4}
 
 
@@ -53,23 +55,40 @@ def test_a_checkpoint_for_one_request_has_the_tags(first_checkpoint: WebUI, buil
     assert np.array_equal(webui.draw(TEXT).picture, base)
 
 
-@pytest.mark.parametrize("kept", [1, 2])
-def test_a_refiner_has_the_tags_and_both_models_lose_them(
-    first_checkpoint: WebUI, builtin: Callable[..., Answer], kept: int
-) -> None:
+def test_a_refiner_has_the_tags_and_both_models_lose_them(first_checkpoint: WebUI) -> None:
     webui = first_checkpoint
-    with webui.with_options(sd_checkpoints_limit=kept):
-        plain, base = webui.draw(TEXT, **REFINED).picture, webui.draw(TEXT).picture
-        ours = webui.draw(PROMPT, **REFINED).picture
-        assert largest_difference(ours, plain) > CLEAR
+    plain, base = webui.draw(TEXT, **REFINED).picture, webui.draw(TEXT).picture
+    ours = webui.draw(PROMPT, **REFINED).picture
+    assert largest_difference(ours, plain) > CLEAR
+    assert np.array_equal(webui.draw(TEXT, **REFINED).picture, plain)
+    with webui.with_options(prefuse_enabled=False):
         assert np.array_equal(webui.draw(TEXT, **REFINED).picture, plain)
-        assert largest_difference(builtin(PROMPT, **REFINED).picture, ours) <= ROUNDING
-        assert np.array_equal(webui.draw(PROMPT, **REFINED).picture, ours)
-        assert np.array_equal(webui.draw(TEXT).picture, base)
-        webui.options(sd_model_checkpoint=SECOND)
-        second = webui.draw(TEXT).picture
+    assert np.array_equal(webui.draw(PROMPT, **REFINED).picture, ours)
+    assert np.array_equal(webui.draw(TEXT).picture, base)
+    webui.options(sd_model_checkpoint=SECOND)
+    second = webui.draw(TEXT).picture
+    with webui.with_options(prefuse_enabled=False):
+        assert np.array_equal(webui.draw(TEXT).picture, second)
+
+
+@pytest.mark.slow
+def test_a_refiner_that_stays_in_memory_draws_as_the_builtin_does(make_webui: Callable[..., WebUI]) -> None:
+    """In its own process: with two models in memory the WebUI takes the VAE of one for the other's later on.
+
+    With one model in memory the built-in draws another picture than with two; ours is the same in both.
+    """
+    webui = make_webui()
+    try:
+        one = webui.draw(PROMPT, **REFINED).picture
+        webui.options(sd_checkpoints_limit=2)
+        plain, ours = webui.draw(TEXT, **REFINED).picture, webui.draw(PROMPT, **REFINED).picture
+        assert np.array_equal(ours, one)
         with webui.with_options(prefuse_enabled=False):
-            assert np.array_equal(webui.draw(TEXT).picture, second)
+            assert largest_difference(webui.draw(PROMPT, **REFINED).picture, ours) <= ROUNDING
+        assert np.array_equal(webui.draw(PROMPT, **REFINED).picture, ours)
+        assert np.array_equal(webui.draw(TEXT, **REFINED).picture, plain)
+    finally:
+        webui.stop()
 
 
 def test_another_vae_changes_nothing_of_the_tags(webui: WebUI, builtin: Callable[..., Answer]) -> None:
@@ -83,20 +102,18 @@ def test_another_vae_changes_nothing_of_the_tags(webui: WebUI, builtin: Callable
     assert np.array_equal(webui.draw(TEXT).picture, base)
 
 
+@pytest.mark.parametrize("mode", ["prefuse", "hook"])
 @pytest.mark.parametrize("master", [False, True])
-def test_weights_in_eight_bits_take_tags_and_lose_them(
-    webui: WebUI, builtin: Callable[..., Answer], master: bool
+def test_weights_in_eight_bits_take_a_tag_as_well_as_the_builtin_and_lose_it(
+    webui: WebUI, builtin: Callable[..., Answer], master: bool, mode: str
 ) -> None:
-    base = webui.draw(TEXT).picture
-    with webui.with_options(fp8_storage="Enable", cache_fp16_weight=master):
-        plain, ours = webui.draw(TEXT).picture, webui.draw(PROMPT).picture
-        assert largest_difference(ours, plain) > CLEAR
+    prompt = f"{TEXT} <lora:a:0.6>"
+    exact = webui.draw(prompt).picture.astype(int)
+    with webui.with_options(fp8_storage="Enable", cache_fp16_weight=master, prefuse_mode=mode):
+        plain, ours, reference = webui.draw(TEXT).picture, webui.draw(prompt).picture, builtin(prompt).picture
+        assert np.abs(ours - exact).mean() <= AS_GOOD * np.abs(reference - exact).mean()
         assert np.array_equal(webui.draw(TEXT).picture, plain)
-        with webui.with_options(prefuse_compat="a1111"):
-            compatible = webui.draw(PROMPT).picture
-        assert np.array_equal(builtin(PROMPT).picture, compatible)
-        assert np.array_equal(webui.draw(TEXT).picture, plain)
-    assert np.array_equal(webui.draw(TEXT).picture, base)
+        assert np.array_equal(webui.draw(prompt).picture, ours)
 
 
 def test_an_embedding_inside_of_a_lora_is_there_while_the_lora_is(webui: WebUI, builtin: Callable[..., Answer]) -> None:
