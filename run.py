@@ -27,10 +27,12 @@ COMMANDS = {
     "bench": (("-m", "lib_lora", "bench"), RUN_FILES),
     "test": (("-m", "pytest", "-n", "auto", "--dist", "worksteal"), (*RUN_FILES, "requirements-dev.txt")),
 }
+PINS_OPTION, PINS_FILES, PINS_VENV = "--webui-pins", ("requirements-webui.txt",), ".venv-webui"
+PINS_TESTS = ("tests/webui", "tests/unit", "tests/property", "tests/faults", "-m", "not newest")
 USAGE = """usage: python run.py COMMAND [options]
 
   demo    pictures of the embedded model, with and without LoRAs, and a table of timings
-  test    the tests; options go to pytest
+  test    the tests; options go to pytest (--webui-pins: those of the core and the extension, with the WebUI's versions)
   bench   the benchmarks: --suite steps | switch | families"""
 
 
@@ -122,7 +124,7 @@ def install(folder: Path, files: tuple[str, ...]) -> None:
     broken = forget_broken_packages(site) if site else []
     if broken:
         print(f"Repairing an interrupted installation: {', '.join(broken)}", flush=True)
-    torch_pin, rest = without_torch((ROOT / "requirements.txt").read_text(encoding="utf-8"))
+    torch_pin, rest = without_torch((ROOT / files[0]).read_text(encoding="utf-8"))
     if installed_torch(site) is None:
         pip_install(folder, torch_pin)
     with tempfile.TemporaryDirectory() as scratch:
@@ -131,7 +133,8 @@ def install(folder: Path, files: tuple[str, ...]) -> None:
         requirements.write_text(rest, encoding="utf-8")
         others = [option for name in files if name.endswith("-dev.txt") for option in ("-r", str(ROOT / name))]
         pip_install(folder, "-r", str(requirements), *others, "-c", str(constraints))
-    pip_install(folder, "--no-deps", "-r", str(ROOT / "requirements-data.txt"))
+    if "requirements-data.txt" in files:
+        pip_install(folder, "--no-deps", "-r", str(ROOT / "requirements-data.txt"))
 
 
 def prepare(folder: Path, files: tuple[str, ...]) -> None:
@@ -146,21 +149,30 @@ def prepare(folder: Path, files: tuple[str, ...]) -> None:
     stamp.write_text(stamp_key(folder, files))
 
 
+def plan(arguments: list[str]) -> tuple[tuple[str, ...], tuple[str, ...], Path, list[str]]:
+    """What to run, which requirements it needs, in which environment, and the options that go to it."""
+    (command, files), rest = COMMANDS[arguments[0]], arguments[1:]
+    if arguments[0] == "test" and PINS_OPTION in rest:
+        rest = [option for option in rest if option != PINS_OPTION]
+        tests = () if any((ROOT / option.split("::")[0]).exists() for option in rest) else PINS_TESTS
+        return (*command, *tests), PINS_FILES, ROOT / PINS_VENV, rest
+    return command, files, ROOT / ".venv", rest
+
+
 def main(arguments: list[str]) -> int:
     """Prepare the environment and hand over to the command; returns the command's exit code."""
     refusal = unsupported(sys.version_info[:3])
     if refusal or not arguments or arguments[0] not in COMMANDS:
         print(refusal or USAGE, file=sys.stderr)
         return 1 if refusal else 2
-    command, files = COMMANDS[arguments[0]]
-    folder = ROOT / ".venv"
+    command, files, folder, rest = plan(arguments)
     try:
         prepare(folder, files)
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"The installation into {folder} failed: {error}. Start run.py again to go on.", file=sys.stderr)
         return 1
     environment = {**os.environ, "PYTHONUTF8": "1"}
-    child = [str(venv_python(folder)), *command, *arguments[1:]]
+    child = [str(venv_python(folder)), *command, *rest]
     return subprocess.run(child, check=False, cwd=ROOT, env=environment).returncode
 
 

@@ -153,6 +153,7 @@ print(outcomes["old"], outcomes["new"], *sorted({name[:5] for name in os.listdir
 """
 
 
+@pytest.mark.newest
 @posix_only
 def test_a_kill_at_any_time_leaves_the_old_or_the_new_file(tmp_path):
     command = [sys.executable, "-c", KILLER, str(tmp_path), str(KILLS)]
@@ -306,6 +307,7 @@ def awkward_tensors() -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.newest
 def test_shared_and_scattered_tensors_are_saved_whole(tmp_path):
     tensors = awkward_tensors()
     save_tensors(tmp_path / "a.safetensors", tensors)

@@ -204,6 +204,7 @@ def test_convert_pickle_refuses_code_and_existing_files(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 2
 
 
+@pytest.mark.newest
 def test_doctor_names_versions_devices_and_what_to_do(capsys):
     assert main(["doctor", "--json"]) == 0
     found = {finding["topic"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}

@@ -15,6 +15,8 @@ from lib_lora.hosts.standalone.demo import LORA_DIR, MODEL_DIR, build, train_lor
 from lib_lora.hosts.standalone.demo.drawing import PALETTE, SHAPES, Scene, draw_array, random_scene
 from lib_lora.hosts.standalone.demo.tokenizer import new_tokenizer
 
+pytestmark = pytest.mark.newest
+
 PICTURES = 8
 STEPS = 2
 

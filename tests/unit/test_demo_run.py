@@ -15,6 +15,8 @@ from lib_lora.hosts.standalone.demo import LORA_DIR
 from lib_lora.hosts.standalone.grid import GAP, ROW_LABEL_WIDTH, draw_grid, wrap
 from lib_lora.hosts.standalone.timings import similar_loras
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):

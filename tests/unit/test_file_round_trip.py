@@ -46,6 +46,7 @@ def all_bits(tensors) -> dict:
 tables = st.dictionaries(names, st.builds(random_tensor, st.sampled_from(list(DTYPES.values())), shapes), max_size=6)
 
 
+@pytest.mark.newest
 @EXAMPLES
 @given(tables, st.dictionaries(texts, texts, max_size=3))
 def test_the_library_reads_what_we_write(tmp_path, tensors, metadata):
@@ -59,6 +60,7 @@ def test_the_library_reads_what_we_write(tmp_path, tensors, metadata):
     assert ours.metadata == metadata
 
 
+@pytest.mark.newest
 @EXAMPLES
 @given(tables, st.dictionaries(texts, texts, min_size=1, max_size=3))
 def test_we_read_what_the_library_writes(tmp_path, tensors, metadata):

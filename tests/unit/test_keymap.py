@@ -70,6 +70,7 @@ def test_a_model_of_which_blocks_and_layers_are_compiled_has_the_same_layers(une
     assert keys(KeyMap.from_modules({"unet": unet})) == unet_keys
 
 
+@pytest.mark.newest
 def test_a_model_with_pefts_adapters_has_the_layers_of_the_bare_one(unet_keys):
     from peft import LoraConfig, inject_adapter_in_model
 

@@ -31,7 +31,7 @@ from lib_lora.hosts.standalone.vocabulary import (
     vocabulary,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+pytestmark = [pytest.mark.newest, pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")]
 
 GOLDEN = Path(__file__).parents[1] / "golden/sd1"
 FLOAT_TOLERANCE = 1e-5

@@ -91,6 +91,7 @@ def _sd3() -> torch.nn.Module:
     return SD3Transformer2DModel(num_layers=2, num_attention_heads=24, caption_projection_dim=1536)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("on", FILES, ids=lambda family: f"on {family.name}")
 @pytest.mark.parametrize("made_for", FILES, ids=lambda family: f"for {family.name}")
 def test_a_file_fits_models_of_its_own_family_only(made_for, on):

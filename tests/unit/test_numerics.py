@@ -99,6 +99,7 @@ def test_a_small_alpha_does_not_underflow_in_fp16():
     assert torch.equal(out, reference)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_webui_mode_rounds_after_every_operation(dtype):
     shape = (24, 16, 3, 3)

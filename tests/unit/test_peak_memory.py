@@ -13,6 +13,8 @@ from lib_lora.core.adapters import load_adapter
 from lib_lora.core.numerics import SCRATCH_BYTES, Term, fuse_layer
 from lib_lora.core.workspace import Workspace
 
+pytestmark = pytest.mark.newest
+
 OUT, IN, KERNEL, RANK = 640, 640, 3, 4
 LAYER = OUT * IN * KERNEL**2 * 4
 """Bytes in float32: 14.7 MB, more than the rows that are summed at once."""

@@ -231,3 +231,29 @@ def test_the_script_needs_the_standard_library_only():
     source = (ROOT / "run.py").read_text()
     imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
     assert imported <= sys.stdlib_module_names
+
+
+def test_the_webuis_versions_have_an_environment_of_their_own():
+    command, files, folder, rest = run.plan(["test", "--webui-pins", "-x"])
+    assert files == ("requirements-webui.txt",)
+    assert folder.name == ".venv-webui"
+    assert "tests/webui" in command
+    assert rest == ["-x"]
+
+
+def test_tests_that_are_named_are_run_alone_with_the_webuis_versions():
+    command, *_, rest = run.plan(["test", "tests/unit/test_tags.py", "--webui-pins"])
+    assert "tests/webui" not in command
+    assert rest == ["tests/unit/test_tags.py"]
+
+
+def test_other_commands_have_the_pinned_environment_and_keep_their_options():
+    _, files, folder, rest = run.plan(["test", "-k", "tags"])
+    assert files[0] == "requirements.txt"
+    assert folder.name == ".venv"
+    assert rest == ["-k", "tags"]
+
+
+@pytest.mark.parametrize("name", ["torch==2.1.2", "safetensors==0.4.2", "gradio==3.41.2", "fastapi==0.94.0"])
+def test_the_webuis_pins_are_those_of_version_1_10(name):
+    assert name in (ROOT / "requirements-webui.txt").read_text(encoding="utf-8").splitlines()

@@ -160,6 +160,7 @@ def test_stochastic_rounding_is_repeatable_and_takes_a_neighbour_of_the_exact_su
     assert steps.abs().max() <= 1
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("mode", ["prefuse", "hook"])
 def test_quantised_layers_are_hooked_by_themselves_and_the_report_says_so(folder, mode):
     torch.manual_seed(1)

@@ -32,6 +32,8 @@ from tests.transformer_models import (
     sd3_shapes,
 )
 
+pytestmark = pytest.mark.newest
+
 TOLERANCE = 1e-5  # float32, entries of about 1
 WIDTH = 32
 FLUX_WIDTH = 3072
