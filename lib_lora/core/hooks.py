@@ -108,7 +108,8 @@ class ConvPath:
         hidden = conv._conv_forward(args[0].to(self.down.dtype), self.down, None)  # pyright: ignore[reportPrivateUsage]
         if self.up is None:
             return output + hidden.to(output.dtype)
-        in_place = not torch.is_grad_enabled() and output.is_contiguous() and output.dtype == hidden.dtype
+        same = output.dtype == hidden.dtype == self.up.dtype  # autocast changes the first two only
+        in_place = same and not torch.is_grad_enabled() and output.is_contiguous()
         if conv.groups > 1 or not in_place:
             return output + functional.conv2d(hidden, self.up[:, :, None, None], groups=conv.groups).to(output.dtype)
         output.flatten(2).baddbmm_(self.up.expand(len(output), -1, -1), hidden.flatten(2))

@@ -166,3 +166,22 @@ def test_multihead_attention_is_not_hookable():
     attention = nn.MultiheadAttention(8, 2)
     layer = LayerRef("te1.q", "te1", "BASE", (8, 8), "in_proj_weight", (0, 8), attention, "in_proj_weight")
     assert not is_hookable(layer)
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Linear(12, 8), torch.randn(5, 12)),
+        (nn.Conv2d(12, 8, 1), torch.randn(1, 12, 6, 6)),
+        (nn.Conv2d(12, 8, 3, padding=1), torch.randn(1, 12, 6, 6)),
+    ],
+    ids=["linear", "1x1", "3x3"],
+)
+def test_a_hook_works_under_autocast(module, x):
+    path = make_path(patch_of(layer_of(module), 7, rank=2), Workspace())
+    with torch.no_grad():
+        exact = path(module, (x,), module(x).clone())
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = path(module, (x,), module(x))
+    largest = TOLERANCE[torch.bfloat16] * exact.abs().max()
+    assert (cast.float() - exact).abs().max() <= largest
