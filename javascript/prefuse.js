@@ -6,52 +6,78 @@
     const FIELD = "Prefuse";
     const TAG = /<(lora|lyco):([^>]+)>/g;
 
+    const shown = {}; // tab -> its line and the data that it tells
+
     function numbers(lora) {
         const strength = lora.te === lora.unet ? `${lora.unet}` : `te ${lora.te}, unet ${lora.unet}`;
         return `${lora.name} ${strength}`;
     }
 
-    function describePass(entry, several) {
-        const applied = entry.applied.map(numbers).join(" + ") || "no LoRA";
-        const verb = entry.mode === "hook" ? "hooked" : "fused";
-        const work = entry.layers ? `${entry.layers} layers ${verb} in ${entry.milliseconds} ms` : "nothing to change";
-        const refused = entry.refused.length ? `; not applied: ${entry.refused.map((one) => one.name).join(", ")}` : "";
-        return `${several ? `${entry.pass} pass: ` : ""}${applied} (${work})${refused}`;
+    function duration(milliseconds) {
+        return `${milliseconds < 10 ? milliseconds : Math.round(milliseconds)} ms`;
     }
 
-    function describe(generation) {
-        const entries = (generation.extra_generation_params || {})[FIELD] || [];
-        return entries.map((entry) => describePass(entry, entries.length > 1)).join(" | ");
+    function workOf(entry) {
+        const fused = entry.mode === "hook" ? "hooked" : "fused";
+        const time = duration(entry.milliseconds);
+        if (!entry.layers) return entry.applied.length ? ` (already ${fused}, ${time})` : "";
+        return ` (${entry.layers} layers ${entry.applied.length ? fused : "restored"} in ${time})`;
+    }
+
+    function describePass(entry, several) {
+        const applied = entry.applied.map(numbers).join(" + ") || "no LoRA";
+        return `${several ? `${entry.pass} pass: ` : ""}${applied}${workOf(entry)}`;
+    }
+
+    function refusals(entries) {
+        return [...new Set(entries.flatMap((entry) => entry.refused.map((one) => one.name)))].join(", ");
+    }
+
+    // What the mouse over the line says: why something was refused, and remarks.
+    function details(entries) {
+        const lines = entries.flatMap((entry) => [...entry.refused.map((one) => one.reason), ...entry.notes]);
+        return [...new Set(lines)].join("\n");
     }
 
     function statusLine(tab) {
         const log = gradioApp().querySelector(`#html_log_${tab}`);
         if (!log || !log.parentElement) return null;
-        let line = gradioApp().querySelector(`#prefuse_status_${tab}`);
-        if (!line) {
-            line = document.createElement("p");
+        if (!shown[tab]) {
+            const line = document.createElement("p");
             line.id = `prefuse_status_${tab}`;
             line.className = "prefuse-status";
+            shown[tab] = {line, data: null};
         }
         // Gradio makes its parts anew at times; the line follows them.
-        if (line.previousElementSibling !== log) log.after(line);
-        return line;
+        if (shown[tab].line.previousElementSibling !== log) log.after(shown[tab].line);
+        return shown[tab];
+    }
+
+    function textPart(text, className) {
+        const part = document.createElement("span");
+        part.className = className;
+        part.textContent = text;
+        return part;
     }
 
     function showStatus(tab) {
         const data = gradioApp().querySelector(`#generation_info_${tab} textarea`);
-        const line = data && data.value ? statusLine(tab) : null;
-        if (!line || line.dataset.shown === data.value) return;
+        const status = data && data.value ? statusLine(tab) : null;
+        if (!status || status.data === data.value) return;
         let generation = {};
         try {
             generation = JSON.parse(data.value);
         } catch (error) {
             generation = {}; // half-written data: the next update has all of it
         }
-        line.dataset.shown = data.value;
-        const text = describe(generation);
-        line.textContent = text ? `Prefuse: ${text}` : "";
-        line.classList.toggle("prefuse-refused", text.includes("; not applied: "));
+        status.data = data.value;
+        const entries = (generation.extra_generation_params || {})[FIELD] || [];
+        const passes = entries.map((entry) => describePass(entry, entries.length > 1)).join(" | ");
+        const refused = refusals(entries);
+        status.line.replaceChildren();
+        if (passes) status.line.append(textPart(`Prefuse: ${passes}`, "prefuse-applied"));
+        if (refused) status.line.append("; ", textPart(`not applied: ${refused}`, "prefuse-refused"));
+        status.line.title = details(entries);
     }
 
     function nameOf(inside) {
