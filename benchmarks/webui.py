@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 TEXT = "a photo of a red house"
-SIZE = {"width": 128, "height": 128}
+SIZE = {"width": 64, "height": 64}
 COUNTS = (1, 2, 5)
 STEPS, MORE_STEPS = 2, 22
 THIRD = 1 / 3
