@@ -14,7 +14,7 @@ from lib_lora.errors import PrefuseError
 from lib_lora.report import AppliedLora, RefusedLora, SessionReport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from lib_lora.catalog import CatalogEntry, LoraCatalog
     from lib_lora.core.keymap import KeyMap
@@ -77,11 +77,11 @@ class Resolver:
         self._networks: OrderedDict[FileIdentity, Network] = OrderedDict()
         self._matches: dict[str, Match] = {}
 
-    def resolve(self, requests: Iterable[LoraRequest]) -> tuple[list[ResolvedLora], list[RefusedLora]]:
-        """Find, read and match each LoRA; one's fault is not the others'."""
+    def resolve(self, parsed: ParsedPrompt) -> tuple[list[ResolvedLora], list[RefusedLora]]:
+        """Find, read and match each LoRA; one's fault is not the others'. Bad tags are refused before them."""
         found: list[ResolvedLora] = []
-        refused: list[RefusedLora] = []
-        for request in requests:
+        refused = [RefusedLora(problem.raw, problem.message) for problem in parsed.problems]
+        for request in parsed.requests:
             try:
                 entry = self._catalog.find(request.name)
                 found.append(ResolvedLora(request, entry, self._match(entry, request.dyn)))
@@ -91,11 +91,10 @@ class Resolver:
 
     def preview(self, parsed: ParsedPrompt, mode: str) -> SessionReport:
         """What a session would apply and refuse."""
-        loras, unresolved = self.resolve(parsed.requests)
-        refused = [RefusedLora(problem.raw, problem.message) for problem in parsed.problems]
+        loras, refused = self.resolve(parsed)
         notes = dict.fromkeys(note for lora in loras for note in lora.notes())
         applied = tuple(lora.applied() for lora in loras)
-        return SessionReport(parsed.text, applied, (*refused, *unresolved), tuple(notes), mode=mode)
+        return SessionReport(parsed.text, applied, tuple(refused), tuple(notes), mode=mode)
 
     def trim(self, used: Sequence[ResolvedLora], idle_bytes: int = IDLE_BYTES) -> None:
         """Forget the networks that were not used for longest, until those not in `used` fit `idle_bytes`."""

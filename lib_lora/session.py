@@ -288,8 +288,7 @@ class LoraSession:
 
     def _set(self, parsed: ParsedPrompt) -> SessionReport:
         start = time.perf_counter()
-        loras, unresolved = self._resolver.resolve(parsed.requests)
-        refused = [RefusedLora(problem.raw, problem.message) for problem in parsed.problems] + unresolved
+        loras, refused = self._resolver.resolve(parsed)
         try:
             plan, done = self._apply(loras, refused)
         except ForeignWriteError:

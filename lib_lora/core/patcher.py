@@ -213,7 +213,8 @@ class ModelPatcher:
             numerics.fuse_layer(base, patch.terms, out, self._workspace, seed)
 
     def _rounding(self, layer: LayerRef) -> Rounding:
-        return self._fp8_rounding if is_fp8(layer.weight().dtype) else "nearest"
+        stochastic = self._fp8_rounding == "stochastic" and is_fp8(layer.weight().dtype)
+        return "stochastic" if stochastic else "nearest"
 
     def _key(self, patch: LayerPatch, compat: Compat) -> AppliedKey:
         return compat, self._rounding(patch.layer), patch.key

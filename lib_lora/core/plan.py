@@ -152,7 +152,7 @@ def _fitted(adapter: WeightAdapter, place: LayerRef) -> WeightAdapter:
     narrow = place.narrow_shape
     if narrow is None or adapter.fits(place.shape) or not adapter.fits(narrow):
         return adapter
-    return PaddedAdapter(adapter, narrow[1], place.shape)
+    return PaddedAdapter(adapter, place.shape, narrow[1])
 
 
 def _check_spellings(network: Network, places: Mapping[str, Sequence[Part]]) -> None:

@@ -97,7 +97,7 @@ def test_the_bound_is_one_for_any_base(family):
 def test_channels_that_an_adapter_does_not_know_are_left_alone(family):
     shape, narrow = (24, 9, 3, 3), (24, 4, 3, 3)
     inner, base = adapter_of(family, narrow), base_of(shape)
-    padded = PaddedAdapter(inner, 4, shape)
+    padded = PaddedAdapter(inner, shape, 4)
     delta = padded.delta_weight(base)
     assert padded.fits(shape)
     assert torch.allclose(delta[:, :4], inner.delta_weight(base[:, :4]), rtol=0, atol=2e-6)

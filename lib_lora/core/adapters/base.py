@@ -234,7 +234,7 @@ def check_rank(*factors: Tensor) -> None:
         raise AdapterError(f"rank 0: {', '.join(str(tuple(factor.shape)) for factor in factors)}")
 
 
-def tucker(core: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Tucker's product Σ core[i, j] · up[i, :] · down[j, :]: (r, r, kh, kw), (r, out), (r, in) → (out, in·kh·kw)."""
-    half = torch.einsum("ijhw,jq->iqhw", core, down)
-    return torch.einsum("iqhw,ip->pqhw", half, up).flatten(1)
+def fold_core(core: Tensor, down: Tensor) -> Tensor:
+    """Tucker's core times down: (r, r, kh, kw) and (r, in) → (r, in·kh·kw), float32."""
+    with full_precision(core.device):
+        return torch.einsum("ijhw,jq->iqhw", core.float(), down.float()).flatten(1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lib_lora.core.adapters.base import DenseAdapter, check_rank, norm, scale_of, wide
+from lib_lora.core.adapters.base import DenseAdapter, check_rank, fold_core, norm, scale_of, wide
 from lib_lora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Half(NamedTuple):
         """(out, rank) and (rank, in·kh·kw)."""
         if self.core is None:
             return self.up, self.down.flatten(1)
-        return self.up.t(), torch.einsum("ijhw,jq->iqhw", self.core.float(), self.down.float()).flatten(1)
+        return self.up.t(), fold_core(self.core, self.down)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib_lora.core.adapters.base import DenseAdapter, check_rank, full_precision, norm, peak, scale_of, tucker
+from lib_lora.core.adapters.base import DenseAdapter, check_rank, fold_core, full_precision, norm, peak, scale_of
 from lib_lora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Part(NamedTuple):
         a, b, *core = (tensor.float() for tensor in self.tensors)
         with full_precision(a.device):
             if core:
-                return tucker(core[0], a, b).view(a.shape[1], b.shape[1], *core[0].shape[2:])
+                return (a.t() @ fold_core(core[0], b)).view(a.shape[1], b.shape[1], *core[0].shape[2:])
             return (a @ b.flatten(1)).view(len(a), *b.shape[1:])
 
     def check(self) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lib_lora.core.adapters.base import DenseAdapter, Factors, check_rank, full_precision, norm, scale_of, wide
+from lib_lora.core.adapters.base import DenseAdapter, Factors, check_rank, fold_core, norm, scale_of, wide
 from lib_lora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -99,10 +99,7 @@ class LoraAdapter(DenseAdapter):
     @cached_property
     def _inner(self) -> Tensor:
         """(rank, in·kh·kw): `down`, Tucker's core folded in."""
-        if self.core is None:
-            return self.down.flatten(1)
-        with full_precision(self.core.device):
-            return torch.einsum("pqhw,qi->pihw", self.core.float(), self.down.float()).flatten(1)
+        return self.down.flatten(1) if self.core is None else fold_core(self.core, self.down)
 
 
 def load(tensors: Mapping[str, Tensor], default_alpha: float | None) -> LoraAdapter | None:

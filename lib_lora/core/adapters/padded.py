@@ -6,63 +6,29 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lib_lora.core.adapters.base import DenseAdapter
+from lib_lora.core.adapters.wrapped import WrappedAdapter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from lib_lora.core.adapters.base import WeightAdapter
     from lib_lora.core.workspace import Workspace
 
 
 @dataclass(frozen=True, eq=False)
-class PaddedAdapter(DenseAdapter):
+class PaddedAdapter(WrappedAdapter):
     """ΔW with zeros for the channels it does not know, such as the mask's of an inpainting model.
 
     Attributes:
-        inner: The adapter of (out, channels, kh, kw).
-        channels: How many input channels it knows.
-        layer_shape: (out, more channels, kh, kw).
+        channels: How many input channels the adapter inside knows; the layer has more.
     """
 
-    inner: WeightAdapter
     channels: int
-    layer_shape: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The layer's."""
-        return self.layer_shape
-
-    @property
-    def algorithm(self) -> str:
-        """Of the adapter inside."""
-        return self.inner.algorithm
-
-    @property
-    def rank(self) -> int:
-        """Of the adapter inside."""
-        return self.inner.rank
-
-    @property
-    def row_step(self) -> int:
-        """Of the adapter inside."""
-        return self.inner.row_step
-
-    @property
-    def needs_base(self) -> bool:
-        """Of the adapter inside."""
-        return self.inner.needs_base
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether it was made for this shape."""
         return tuple(shape) == self.shape
-
-    def bound(self, base_peak: float = 1.0) -> float:
-        """Of the adapter inside."""
-        return self.inner.bound(base_peak)
 
     def add_to(self, total: Tensor, base: Tensor, rows: slice, factor: float, workspace: Workspace) -> None:
         """Add to the known channels: factor · ΔW[rows]."""

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lib_lora.core.adapters.base import DenseAdapter
 from lib_lora.core.adapters.dora import DoraAdapter
 from lib_lora.core.adapters.lora import LoraAdapter
+from lib_lora.core.adapters.wrapped import WrappedAdapter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,46 +43,18 @@ def rows_of(adapter: WeightAdapter, rows: Rows, layer_shape: tuple[int, ...]) ->
     step = adapter.row_step
     if adapter.needs_base or not step or any(start % step or stop % step for start, stop in rows):
         return None
-    return RowsAdapter(adapter, rows, layer_shape)
+    return RowsAdapter(adapter, layer_shape, rows)
 
 
 @dataclass(frozen=True, eq=False)
-class RowsAdapter(DenseAdapter):
+class RowsAdapter(WrappedAdapter):
     """Rows of a dense ΔW that does not depend on the weight.
 
     Attributes:
-        inner: The adapter of the fused weight.
-        rows: First and last + 1 row of each piece, multiples of the inner `row_step`.
-        layer_shape: Shape of all pieces together.
+        rows: First and last + 1 row of each piece of the fused weight, multiples of the inner `row_step`.
     """
 
-    inner: WeightAdapter
     rows: Rows
-    layer_shape: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The layer's."""
-        return self.layer_shape
-
-    @property
-    def algorithm(self) -> str:
-        """Of the adapter inside."""
-        return self.inner.algorithm
-
-    @property
-    def rank(self) -> int:
-        """Of the adapter inside."""
-        return self.inner.rank
-
-    @property
-    def row_step(self) -> int:
-        """Of the adapter inside."""
-        return self.inner.row_step
-
-    def bound(self, base_peak: float = 1.0) -> float:
-        """Of the adapter inside: no row of it is larger."""
-        return self.inner.bound(base_peak)
 
     def add_to(self, total: Tensor, base: Tensor, rows: slice, factor: float, workspace: Workspace) -> None:
         """Add to the total: factor · ΔW[rows], piece by piece."""
