@@ -30,7 +30,8 @@ from benchmarks.common import (
     seconds,
 )
 from benchmarks.timing import Case, Stopwatch, ratio, take_turns
-from lib_lora.core.files import read_lora_file, save_tensors
+from lib_lora.core.files import read_lora_file
+from lib_lora.core.saving import save_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import synthetic
 from benchmarks.common import DTYPES, Claim, Options, Ours, Report, Table, lora_folder, parse_options
-from lib_lora.core.files import save_tensors
+from lib_lora.core.saving import save_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from lib_lora.core.files import save_tensors
+from lib_lora.core.saving import save_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lib_lora.core.files import save_tensors
+from lib_lora.core.saving import save_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path

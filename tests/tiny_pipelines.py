@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ldm_files import clip_tensors, ldm_tensors, open_clip_tensors, tower_state, write_checkpoint
 
-from lib_lora.core.files import save_bytes
+from lib_lora.core.saving import save_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

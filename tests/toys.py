@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lib_lora.core.files import save_tensors
+from lib_lora.core.saving import save_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

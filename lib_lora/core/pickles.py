@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib_lora.core.files import read_header, save_tensors
+from lib_lora.core.files import read_header
 from lib_lora.core.header import CHECKPOINT_LIMITS
 from lib_lora.core.opening import shown
 from lib_lora.core.pickle_reader import read_pickle
+from lib_lora.core.saving import save_tensors
 from lib_lora.errors import FileError, OutputError, PickleRefusedError
 
 if TYPE_CHECKING:

@@ -70,14 +70,14 @@ def replacing(path: Path, size: int, overwrite: bool) -> Generator[TempFile]:
         OutputError: If `path` exists and `overwrite` is not set, is a link or no file, or can not be written.
     """
     try:
-        _check_target(path, overwrite)
+        check_target(path, overwrite)
         _remove_stale_temps(path.parent)
         if shutil.disk_usage(path.parent).free < size:
             raise OutputError(f"{shown(path)} was not saved: it needs {size / MEGABYTE:,.1f} MB, the disk is full")
         temp = TempFile(path.parent)
         try:
             yield temp
-            _check_target(path, overwrite)  # it may have come into being meanwhile
+            check_target(path, overwrite)  # it may have come into being meanwhile
             temp.publish(path)
         except BaseException:
             temp.discard()
@@ -86,7 +86,12 @@ def replacing(path: Path, size: int, overwrite: bool) -> Generator[TempFile]:
         raise OutputError(f"{shown(path)} was not saved: {reason_of(error)}") from error
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
+def check_target(path: Path, overwrite: bool) -> None:
+    """Whether a file may be written at `path`.
+
+    Raises:
+        OutputError: If it exists and `overwrite` is not set, or is a link or no file.
+    """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise OutputError(f"{shown(path)} is a link, a folder or a device and is not replaced; choose another name")
     if path.exists() and not overwrite:

@@ -10,9 +10,9 @@ import torch
 
 from lib_lora.catalog import LoraCatalog
 from lib_lora.core.adapters.lora import LoraAdapter
-from lib_lora.core.files import save_tensors
 from lib_lora.core.network import load_network
 from lib_lora.core.plan import match_network
+from lib_lora.core.saving import save_tensors
 from lib_lora.errors import ShapeMismatchError
 from lib_lora.session import LoraSession
 from tests.toys import c3lier, digest, kohya_name, lierla, lora_tensors, sd1_unet, sdxl_unet, text_encoder

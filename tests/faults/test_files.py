@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lib_lora.core.files import FileIdentity, data_sha256, map_checkpoint, read_header, read_lora_file, save_tensors
+from lib_lora.core.files import FileIdentity, data_sha256, map_checkpoint, read_header, read_lora_file
 from lib_lora.core.header import CHECKPOINT_LIMITS, LORA_LIMITS, parse_header
 from lib_lora.core.opening import read_unchanged
+from lib_lora.core.saving import save_tensors
 from lib_lora.errors import (
     CorruptFileError,
     FileChangedError,

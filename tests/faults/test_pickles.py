@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib_lora.core.files import save_tensors
 from lib_lora.core.pickle_reader import read_pickle
 from lib_lora.core.pickles import convert_pickle
+from lib_lora.core.saving import save_tensors
 from lib_lora.errors import FileError, ForeignFileError, OutputError, PickleRefusedError
 
 SMALL_MEMORY = 300_000_000

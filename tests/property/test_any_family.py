@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib_lora.catalog import LoraCatalog
-from lib_lora.core.files import read_lora_file, save_tensors
+from lib_lora.core.files import read_lora_file
 from lib_lora.core.network import load_network
+from lib_lora.core.saving import save_tensors
 from lib_lora.session import LoraSession
 from tests.family_files import (
     FAMILIES,

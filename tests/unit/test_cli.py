@@ -17,8 +17,9 @@ from toys import c3lier, write_lora
 
 import lib_lora.__main__ as command_line
 from lib_lora.__main__ import main
-from lib_lora.core.files import data_sha256, save_tensors
+from lib_lora.core.files import data_sha256
 from lib_lora.core.keymap import KeyMap
+from lib_lora.core.saving import save_tensors
 from lib_lora.hosts.standalone.infotext import parse_infotext
 
 ROOT = Path(__file__).parents[2]
@@ -223,7 +224,7 @@ def test_bench_hands_its_options_to_the_suite(monkeypatch):
 
 
 def test_bench_says_where_the_benchmarks_are_if_they_are_not_installed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(command_line, "BENCHMARKS", tmp_path / "nothing")
+    monkeypatch.setattr(command_line.bench, "BENCHMARKS", tmp_path / "nothing")
     assert main(["bench", "--suite", "switch"]) == REFUSED
     assert "repository" in capsys.readouterr().err
 

@@ -12,11 +12,11 @@ from toys import kohya_name, lierla, lora_tensors, sd1_unet, sdxl_unet, text_enc
 from lib_lora import LoraSession
 from lib_lora.__main__ import main
 from lib_lora.catalog import LoraCatalog
-from lib_lora.core.files import save_tensors
 from lib_lora.core.keymap import KeyMap
 from lib_lora.core.models import BaseModel, guess_of_file
 from lib_lora.core.network import load_network
 from lib_lora.core.norms import shares
+from lib_lora.core.saving import save_tensors
 from lib_lora.errors import UnknownLoraError
 from lib_lora.tools.inspect import inspect_file
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib_lora.core.files import data_sha256, map_checkpoint, output_path, read_header, read_lora_file, save_tensors
+from lib_lora.core.files import data_sha256, map_checkpoint, read_header, read_lora_file
 from lib_lora.core.header import DTYPES
+from lib_lora.core.saving import output_path, save_tensors
 from lib_lora.errors import UnsafePathError
 
 MEGABYTE = 1_000_000

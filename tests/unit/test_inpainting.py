@@ -8,11 +8,11 @@ from toys import digest, sd1_unet
 
 from lib_lora import LoraSession
 from lib_lora.catalog import LoraCatalog
-from lib_lora.core.files import save_tensors
 from lib_lora.core.keymap import KeyMap
 from lib_lora.core.ldm_names import diffusers_to_ldm, translate
 from lib_lora.core.network import load_network
 from lib_lora.core.plan import match_network
+from lib_lora.core.saving import save_tensors
 from lib_lora.errors import ShapeMismatchError
 
 OUT, RANK = 8, 2

@@ -11,9 +11,9 @@ from toys import lierla, lora_tensors, sd1_unet, sdxl_unet, text_encoder
 
 from lib_lora.core.adapters import Factors
 from lib_lora.core.blocks import OUTSIDE
-from lib_lora.core.files import save_tensors
 from lib_lora.core.keymap import KeyMap
 from lib_lora.core.norms import factors_norm
+from lib_lora.core.saving import save_tensors
 from lib_lora.tools.inspect import block_of_layer, inspect_file, not_finite
 
 GOLDEN = Path(__file__).parents[1] / "golden/sd1"

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from lib_lora import LoraSession
 from lib_lora.catalog import LoraCatalog
-from lib_lora.core.files import save_tensors
 from lib_lora.core.layers import is_fp8
+from lib_lora.core.saving import save_tensors
 
 OUT, IN, RANK = 24, 16, 4
 NAMES = ("one", "two", "three", "four", "five")

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from lib_lora.catalog import LoraCatalog
-from lib_lora.core.files import FileIdentity, LoraFile, save_tensors
+from lib_lora.core.files import FileIdentity, LoraFile
 from lib_lora.core.keymap import KeyMap
 from lib_lora.core.models import BaseModel
 from lib_lora.core.naming import split_key
 from lib_lora.core.network import network_from_file
 from lib_lora.core.plan import match_network
+from lib_lora.core.saving import save_tensors
 from lib_lora.errors import BaseModelMismatchError, NamingError, ShapeMismatchError
 from lib_lora.session import LoraSession
 from tests.fullsize import diffusers_model, kohya_shapes

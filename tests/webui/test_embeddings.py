@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from lib_lora.core.files import save_tensors
 from lib_lora.core.keymap import KeyMap
+from lib_lora.core.saving import save_tensors
 from tests.toys import lierla, lora_tensors
 
 

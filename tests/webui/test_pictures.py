@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lib_lora.core import numerics
-from lib_lora.core.files import save_tensors
 from lib_lora.core.keymap import KeyMap
+from lib_lora.core.saving import save_tensors
 from tests.toys import digest, lierla, lora_tensors, write_lora
 
 INK = [("ink", 0.8)]

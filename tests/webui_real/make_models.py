@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lib_lora.core.files import save_bytes, save_tensors
 from lib_lora.core.keymap import KeyMap
+from lib_lora.core.saving import save_bytes, save_tensors
 from tests.family_files import family_tensors
 from tests.ldm_files import clip_tensors, ldm_tensors, vae_name, vae_tensor, write_checkpoint
 from tests.toys import c3lier, golden_names, kohya_name, lierla, sd1_unet

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lib_lora.core.files import save_bytes
+from lib_lora.core.saving import save_bytes
 from lib_lora.hosts.standalone.demo import LORA_DIR
 from lib_lora.hosts.standalone.generate import GenerateRequest, generate
 from lib_lora.hosts.standalone.grid import draw_grid

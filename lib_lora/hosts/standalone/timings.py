@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lib_lora.core.files import read_lora_file, save_tensors
+from lib_lora.core.files import read_lora_file
+from lib_lora.core.saving import save_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lib_lora.core.files import save_bytes
+from lib_lora.core.saving import save_bytes
 from lib_lora.errors import ModelError
 from lib_lora.hosts.standalone.libraries import transformers_class
 

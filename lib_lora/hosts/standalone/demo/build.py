@@ -23,7 +23,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lib_lora.core.files import save_tensors
+from lib_lora.core.saving import save_tensors
 
 from .networks import new_scheduler
 from .tokenizer import new_tokenizer
