@@ -372,7 +372,7 @@ def test_saving_copies_one_tensor_at_a_time(tmp_path):
     # with this setting freed memory goes back to the system at once, and is not counted
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", PEAK, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)  # noqa: S603
     assert int(done.stdout) < SLACK_KB, "twelve tensors have 48 MB"
 
 
