@@ -6,6 +6,7 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
+from lib_lora.core.clip_names import CLIP_BLOCKS, OPEN_CLIP, OPEN_CLIP_BLOCKS, OPEN_CLIP_OUTSIDE, OPEN_CLIP_QKV
 from lib_lora.core.ldm_names import diffusers_to_ldm, ldm_to_diffusers, translate
 from lib_lora.core.mmdit_names import (
     FLUX,
@@ -23,16 +24,6 @@ if TYPE_CHECKING:
     from lib_lora.core.mmdit_names import MmditNames, Rows
 
     Shapes = Mapping[str, Sequence[int]]
-
-_OPEN_CLIP = (
-    ("ln_1", "layer_norm1"),
-    ("ln_2", "layer_norm2"),
-    ("attn.out_proj", "self_attn.out_proj"),
-    ("mlp.c_fc", "mlp.fc1"),
-    ("mlp.c_proj", "mlp.fc2"),
-)
-_OPEN_CLIP_OUTSIDE = (("ln_final", "final_layer_norm"), ("token_embedding", "embeddings.token_embedding"))
-_OPEN_CLIP_QKV = "attn.in_proj"
 
 
 class Spelling(NamedTuple):
@@ -133,15 +124,15 @@ def _open_clip(prefix: str, shapes: Shapes) -> Iterator[Place]:
 
 
 def _open_clip_paths(own: str, shape: Sequence[int]) -> Iterator[tuple[str, Rows | None]]:
-    yield from ((path, None) for theirs, path in _OPEN_CLIP_OUTSIDE if theirs == own)
-    if not own.startswith("transformer.resblocks."):
+    yield from ((path, None) for theirs, path in OPEN_CLIP_OUTSIDE if theirs == own)
+    if not own.startswith(OPEN_CLIP_BLOCKS):
         return
-    number, _, inner = own.removeprefix("transformer.resblocks.").partition(".")
-    layer = f"encoder.layers.{number}"
-    if inner == _OPEN_CLIP_QKV:
+    number, _, inner = own.removeprefix(OPEN_CLIP_BLOCKS).partition(".")
+    layer = f"{CLIP_BLOCKS}{number}"
+    if inner == OPEN_CLIP_QKV:
         for letter, rows in zip("qkv", split_rows(shape, 3), strict=False):
             yield f"{layer}.self_attn.{letter}_proj", rows
-    yield from ((f"{layer}.{ours}", None) for theirs, ours in _OPEN_CLIP if theirs == inner)
+    yield from ((f"{layer}.{ours}", None) for theirs, ours in OPEN_CLIP if theirs == inner)
 
 
 def _t5(prefix: str, shapes: Shapes) -> Iterator[Place]:
