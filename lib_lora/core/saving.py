@@ -128,7 +128,7 @@ def save_tensors(
     What a `LazyTensor` or `progress` raises passes through, and nothing is written.
     """
     path, metadata = Path(path), dict(metadata or {})
-    layout = _layout(tensors, path)
+    layout = layout_of(tensors, path)
     try:
         header = encode_header(layout, metadata)
     except ValueError as error:
@@ -157,13 +157,17 @@ def save_bytes(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = F
 
 def _write(temp: TempFile, tensor: Tensor | LazyTensor, kept: int) -> bytes:
     """Append a tensor; gives back its first bytes."""
-    data = _bytes_of(tensor.make() if isinstance(tensor, LazyTensor) else tensor)
+    data = bytes_of(tensor.make() if isinstance(tensor, LazyTensor) else tensor)
     temp.write(data)
     return bytes(data[:kept])
 
 
-def _layout(tensors: Mapping[str, Tensor | LazyTensor], path: Path) -> dict[str, TensorInfo]:
-    """Where each tensor goes: larger dtypes first, so that every one is aligned, then by name."""
+def layout_of(tensors: Mapping[str, Tensor | LazyTensor], path: Path) -> dict[str, TensorInfo]:
+    """Where each tensor goes: larger dtypes first, so that every one is aligned, then by name.
+
+    Raises:
+        OutputError: If a tensor can not be stored in `path`.
+    """
     kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and (tensor.layout != torch.strided or tensor.is_meta):
@@ -180,7 +184,7 @@ def _layout(tensors: Mapping[str, Tensor | LazyTensor], path: Path) -> dict[str,
     return layout
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The elements in row-major order; a copy only if they do not lie so in the CPU's memory."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     # not reshape(-1): that keeps the odd stride that a tensor of one element may have
