@@ -25,6 +25,8 @@ SCRATCH_BYTES = 4 << 20
 """Rows of a float32 scratch are taken in pieces of this size, which stay in the processor's cache."""
 GPU_SCRATCH_BYTES = 64 << 20
 """The same on a GPU, where a piece must keep all of it busy."""
+SMALL_ELEMENTS = 1 << 16
+"""Factors of no more elements are joined in fresh memory: to look for a place in reused memory takes longer."""
 
 
 class Term(NamedTuple):
@@ -38,9 +40,11 @@ class Stack(NamedTuple):
     """Several low-rank updates of one layer as one: ΔW = gain · up @ down.
 
     Attributes:
-        up: (out, Σ rank), every factor and scale folded in, brought near 1 by a power of two.
+        up: (out, Σ rank), with factors and scales folded in where they differ from term to term.
         down: (Σ rank, in·kh·kw).
-        gain: That power of two, which a GEMM applies in float32: a small alpha / rank can not underflow in fp16.
+        gain: What is common to them, which a GEMM applies in float32: a small alpha / rank can not underflow in fp16.
+
+    Neither is to be written to: they may be the adapter's own.
     """
 
     up: Tensor
@@ -59,22 +63,28 @@ def stack(terms: Sequence[Term], dtype: torch.dtype, device: torch.device, works
     """
     factors = [cast("LowRankAdapter", term.adapter).factors() for term in terms]
     scales = [low.scale * term.factor for low, term in zip(factors, terms, strict=True)]
-    gain = 1.0 if dtype != torch.float16 else _power_of_two(max(map(abs, scales)))
-    up = _joined([low.up for low in factors], 1, torch.float32, device, workspace)
     down = _joined([low.down for low in factors], 0, dtype, device, workspace)
-    ranks = [low.up.shape[1] for low in factors]
-    each = [scale / gain for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
+    ups = [low.up for low in factors]
+    if scales.count(scales[0]) == len(scales):
+        return Stack(_joined(ups, 1, dtype, device, workspace), down, scales[0])
+    gain = 1.0 if dtype != torch.float16 else _power_of_two(max(map(abs, scales)))
+    up = _joined(ups, 1, torch.float32, device, workspace)
+    each = [scale / gain for scale, low in zip(scales, ups, strict=True) for _ in range(low.shape[1])]
     up.mul_(torch.tensor(each, dtype=torch.float32, device=device))
     return Stack(up.to(dtype), down, gain)
 
 
 def _joined(parts: list[Tensor], dim: int, dtype: torch.dtype, device: torch.device, workspace: Workspace) -> Tensor:
-    """Concatenate in reused memory, converted on the way."""
+    """Concatenate, converted on the way; large ones in reused memory. One alone may be given back as it is."""
+    # torch converts between fp16 and bf16 one number at a time; by way of float32 it is five times faster
+    other_half = {torch.float16: torch.bfloat16, torch.bfloat16: torch.float16}.get(dtype)
+    by_way = device.type == "cpu" and any(part.dtype == other_half for part in parts)
+    if sum(part.numel() for part in parts) <= SMALL_ELEMENTS:
+        small = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        return (small.float() if by_way else small).to(device, dtype)
     length, other = sum(part.shape[dim] for part in parts), parts[0].shape[1 - dim]
     shape = (other, length) if dim else (length, other)
-    other_half = {torch.float16: torch.bfloat16, torch.bfloat16: torch.float16}.get(dtype)
-    if device.type == "cpu" and any(part.dtype == other_half for part in parts):
-        # torch converts between the two one number at a time; by way of float32 it is five times faster
+    if by_way:
         wide = _joined(parts, dim, torch.float32, device, workspace)
         return workspace.take(f"narrow {dim}", shape, dtype, device).copy_(wide)
     joined = workspace.take(f"stack {dim}", shape, dtype, device)

@@ -109,7 +109,7 @@ def make_models(folder: Path, *, channels: int = 32, seed: int = 0) -> None:
     for number, name in enumerate(CHECKPOINTS):
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed + number)
-            unet, vae, tower = _unet(channels), _vae(), _tower()
+            unet, vae, tower = small_unet(channels), _vae(), _tower()
         _write_checkpoint(folder, name, channels, ldm_tensors(unet, vae, {TOWER: clip_tensors(tower)}))
     _write_vae(folder / "models/VAE" / OTHER_VAE, vae)
     _write_clip(folder / "clip")
@@ -174,7 +174,7 @@ def _of_family(family: str, layers: Iterable, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _unet(channels: int) -> nn.Module:
+def small_unet(channels: int) -> nn.Module:
     widths = tuple(channels * factor for factor in (1, 2, 4, 4))
     unet = sd1_unet(block_out_channels=widths, cross_attention_dim=CONTEXT, attention_head_dim=8, norm_num_groups=32)
     for module in unet.modules():
