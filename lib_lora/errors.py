@@ -106,3 +106,7 @@ class ModelError(PrefuseError):
 
 class RequestError(PrefuseError):
     """A picture was asked for in a way that can not be drawn, or it came out as NaN."""
+
+
+class JobError(PrefuseError):
+    """A job on files was asked for in a way that can not be done."""
