@@ -83,11 +83,18 @@ class Resolver:
         refused = [RefusedLora(problem.raw, problem.message) for problem in parsed.problems]
         for request in parsed.requests:
             try:
-                entry = self._catalog.find(request.name)
-                found.append(ResolvedLora(request, entry, self._match(entry, request.dyn)))
+                found.append(self.lay(request, self._catalog.find(request.name)))
             except PrefuseError as error:  # noqa: PERF203 -- that is the point
                 refused.append(RefusedLora(request.name, str(error)))
         return found, refused
+
+    def lay(self, request: LoraRequest, entry: CatalogEntry) -> ResolvedLora:
+        """Read the file of one LoRA and lay it over the model.
+
+        Raises:
+            PrefuseError: If the file can not be read, or does not fit the model.
+        """
+        return ResolvedLora(request, entry, self._match(entry, request.dyn))
 
     def preview(self, parsed: ParsedPrompt, mode: str) -> SessionReport:
         """What a session would apply and refuse."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from lib_lora.core.header import (
     CHECKPOINT_LIMITS,
@@ -17,7 +20,7 @@ from lib_lora.core.header import (
 from lib_lora.core.opening import (
     FileIdentity,
     checked_header,
-    map_data,
+    map_file,
     read_data,
     read_unchanged,
     tensor_view,
@@ -55,17 +58,19 @@ class MappedTensors(Mapping[str, "Tensor"]):
     """The tensors of a mapped file: each access makes a view, and only what is read takes memory.
 
     The mapping is private: writing to a tensor does not reach the file. Cutting the file short while it is mapped ends
-    the process (SIGBUS), as with every memory map.
+    the process (SIGBUS), as with every memory map. What was read counts as memory of this process, though the system
+    can take it back at any time; `release` gives it back.
 
     Attributes:
         header: The file's header.
         identity: Which content is mapped.
     """
 
-    def __init__(self, header: Header, identity: FileIdentity, data: Tensor) -> None:
+    def __init__(self, header: Header, identity: FileIdentity, mapped: mmap.mmap) -> None:
         self.header = header
         self.identity = identity
-        self._data = data
+        self._mapped = mapped
+        self._data = torch.frombuffer(mapped, dtype=torch.uint8)[header.data_start :]
 
     def __getitem__(self, name: str) -> Tensor:
         return tensor_view(self._data, self.header.tensors[name])
@@ -75,6 +80,16 @@ class MappedTensors(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self.header.tensors)
+
+    def release(self, name: str) -> None:
+        """Give back the memory of one tensor; where it is used again, it is read again. What was written is lost."""
+        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows keeps what it keeps
+            return
+        info = self.header.tensors[name]
+        begin, end = self.header.data_start + info.begin, self.header.data_start + info.end
+        begin -= begin % mmap.PAGESIZE
+        if end > begin:
+            self._mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def read_lora_file(path: str | os.PathLike[str]) -> LoraFile:
@@ -90,14 +105,14 @@ def read_lora_file(path: str | os.PathLike[str]) -> LoraFile:
     """
     path = Path(path)
 
-    def read(file: FileIO) -> tuple[Header, Tensor]:
+    def read(file: FileIO) -> tuple[Header, Tensor | mmap.mmap]:
         header = checked_header(file, LORA_LIMITS, path)
-        return header, (read_data if header.file_size <= READ_LIMIT else map_data)(file, header, path)
+        return header, (read_data if header.file_size <= READ_LIMIT else map_file)(file, header, path)
 
-    identity, (header, data) = read_unchanged(path, read)
-    tensors: Mapping[str, Tensor] = MappedTensors(header, identity, data)
-    if header.file_size <= READ_LIMIT:
-        tensors = dict(tensors)
+    identity, (header, content) = read_unchanged(path, read)
+    if isinstance(content, mmap.mmap):
+        return LoraFile(path, identity, header.metadata, MappedTensors(header, identity, content))
+    tensors = {name: tensor_view(content, info) for name, info in header.tensors.items()}
     return LoraFile(path, identity, header.metadata, tensors)
 
 
@@ -119,12 +134,12 @@ def map_checkpoint(path: str | os.PathLike[str]) -> MappedTensors:
     """
     path = Path(path)
 
-    def read(file: FileIO) -> tuple[Header, Tensor]:
+    def read(file: FileIO) -> tuple[Header, mmap.mmap]:
         header = checked_header(file, CHECKPOINT_LIMITS, path)
-        return header, map_data(file, header, path)
+        return header, map_file(file, header, path)
 
-    identity, (header, data) = read_unchanged(path, read)
-    return MappedTensors(header, identity, data)
+    identity, (header, mapped) = read_unchanged(path, read)
+    return MappedTensors(header, identity, mapped)
 
 
 def data_sha256(path: str | os.PathLike[str]) -> str:

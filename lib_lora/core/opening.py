@@ -162,17 +162,16 @@ def read_data(file: FileIO, header: Header, path: Path) -> Tensor:
     return data
 
 
-def map_data(file: FileIO, header: Header, path: Path) -> Tensor:
-    """The tensors' bytes as one uint8 tensor that is a private map of the file.
+def map_file(file: FileIO, header: Header, path: Path) -> mmap.mmap:
+    """A private map of the whole file: what is written to it stays in this process.
 
     Raises:
         FileError: If the system refuses the map.
     """
     try:
-        mapped = mmap.mmap(file.fileno(), header.file_size, access=mmap.ACCESS_COPY)
+        return mmap.mmap(file.fileno(), header.file_size, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
         raise FileError(f"{shown(path)} can not be mapped into memory: {reason_of(error)}") from error
-    return torch.frombuffer(mapped, dtype=torch.uint8)[header.data_start :]
 
 
 def tensor_view(data: Tensor, info: TensorInfo) -> Tensor:

@@ -1,4 +1,4 @@
-"""Replacing a file by another one: wholly or not at all, whatever happens on the way."""
+"""Replacing a file by another one, or making a folder: wholly or not at all, whatever happens on the way."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from io import FileIO
 from typing import TYPE_CHECKING
 
 from lib_lora.core.header import MEGABYTE
+from lib_lora.core.large_writes import LargeWriter, write_all
 from lib_lora.core.opening import reason_of, shown
 from lib_lora.errors import OutputError
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 STALE_SECONDS = 24 * 3600
 TEMP_PREFIX = ".tmp-"
+LARGE_BYTES = 64 << 20
+"""From this size on, a file is written past the page cache."""
 
 
 class TempFile:
@@ -28,10 +31,11 @@ class TempFile:
     Made by `open` with mode 0666, so that the umask and the folder decide on the permissions, as for any new file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / f"{TEMP_PREFIX}{secrets.token_hex(8)}"
+    def __init__(self, folder: Path, size: int = 0) -> None:
+        self._path = temporary_path(folder)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         self.file = FileIO(os.open(self._path, flags, 0o666), "r+")
+        self._large = LargeWriter(self.file) if size >= LARGE_BYTES else None
 
     def write(self, data: bytes | memoryview) -> None:
         """Append all of `data`.
@@ -39,20 +43,33 @@ class TempFile:
         Raises:
             OSError: If the disk is full or a limit is reached.
         """
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self.file.write(rest) :]
+        if self._large is None:
+            write_all(self.file, data)
+        else:
+            self._large.write(data)
+
+    def end(self) -> None:
+        """All of it is in the file, which can be read from now on.
+
+        Raises:
+            OSError: As `write`.
+        """
+        if self._large is not None:
+            self._large.close()
+            self._large = None
 
     def publish(self, path: Path) -> None:
         """Rename to `path`, when the bytes are on the disk."""
+        self.end()
         os.fsync(self.file.fileno())
         self.file.close()
         self._path.replace(path)
-        if os.name != "nt":  # Windows can not open folders
-            _sync_folder(path.parent)
+        _sync_folder(path.parent)
 
     def discard(self) -> None:
         """Close and remove it, published or not."""
+        if self._large is not None:
+            self._large.abandon()
         self.file.close()
         self._path.unlink(missing_ok=True)
 
@@ -74,7 +91,7 @@ def replacing(path: Path, size: int, overwrite: bool) -> Generator[TempFile]:
         _remove_stale_temps(path.parent)
         if shutil.disk_usage(path.parent).free < size:
             raise OutputError(f"{shown(path)} was not saved: it needs {size / MEGABYTE:,.1f} MB, the disk is full")
-        temp = TempFile(path.parent)
+        temp = TempFile(path.parent, size)
         try:
             yield temp
             check_target(path, overwrite)  # it may have come into being meanwhile
@@ -84,6 +101,45 @@ def replacing(path: Path, size: int, overwrite: bool) -> Generator[TempFile]:
             raise
     except (OSError, ValueError) as error:
         raise OutputError(f"{shown(path)} was not saved: {reason_of(error)}") from error
+
+
+@contextmanager
+def making_folder(path: Path) -> Generator[Path]:
+    """A temporary folder that becomes `path` if the block ends well, and is removed with all in it if not.
+
+    Raises:
+        OutputError: If there is something at `path`, or it can not be written.
+    """
+    try:
+        check_target(path, overwrite=False)
+        _remove_stale_temps(path.parent)
+        temp = temporary_path(path.parent)
+        temp.mkdir()
+        try:
+            yield temp
+            check_target(path, overwrite=False)  # it may have come into being meanwhile
+            temp.replace(path)
+            _sync_folder(path.parent)
+        except BaseException:
+            shutil.rmtree(temp, ignore_errors=True)
+            raise
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{shown(path)} was not saved: {reason_of(error)}") from error
+
+
+@contextmanager
+def scratch_file(folder: Path) -> Generator[Path]:
+    """A name for a file in `folder` that is removed when the block ends."""
+    path = temporary_path(folder)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def temporary_path(folder: Path) -> Path:
+    """A name that nothing in `folder` has; what is left there under such names is removed after a day."""
+    return folder / f"{TEMP_PREFIX}{secrets.token_hex(8)}"
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -103,11 +159,13 @@ def _remove_stale_temps(folder: Path) -> None:
     for temp in folder.glob(f"{TEMP_PREFIX}{'[0-9a-f]' * 16}"):
         with suppress(OSError):  # another process may be at the same
             if time.time() - temp.lstat().st_mtime > STALE_SECONDS:
-                temp.unlink()
+                shutil.rmtree(temp) if temp.is_dir() and not temp.is_symlink() else temp.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename outlive a power cut, where the file system can."""
+    if os.name == "nt":  # Windows can not open folders
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # network file systems refuse; the file itself is safe

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
-from lib_lora.core.header import CHECKPOINT_LIMITS, DTYPES, MEGABYTE, TensorInfo, encode_header
-from lib_lora.core.opening import checked_header, reason_of, shown
+from lib_lora.core.header import CHECKPOINT_LIMITS, DTYPES, MEGABYTE, Header, TensorInfo, encode_header
+from lib_lora.core.opening import FileIdentity, checked_header, read_data, read_unchanged, reason_of, shown
 from lib_lora.core.replacing import TempFile, check_target, replacing
-from lib_lora.errors import FileError, OutputError, UnsafePathError
+from lib_lora.errors import FileChangedError, FileError, OutputError, UnsafePathError
 
 if TYPE_CHECKING:
     import os
@@ -127,8 +128,71 @@ def save_tensors(
 
     What a `LazyTensor` or `progress` raises passes through, and nothing is written.
     """
-    path, metadata = Path(path), dict(metadata or {})
-    layout = layout_of(tensors, path)
+    path = Path(path)
+    _save(path, layout_of(tensors, path), tensors, dict(metadata or {}), overwrite, progress)
+
+
+def save_with_metadata(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> None:
+    """Write a file that has the tensors of another, byte for byte at the same places, and other metadata.
+
+    Args:
+        source: The other file; may be the one that is replaced.
+        path: The file to be.
+        metadata: Texts for the header.
+        overwrite: Whether an older file is replaced.
+        progress: Told the bytes written, after each tensor.
+
+    Raises:
+        FileError: If `source` can not be read.
+        FileChangedError: If it is written to meanwhile.
+        OutputError: As `save_tensors`.
+    """
+    source = Path(source)
+    identity, header = read_unchanged(source, lambda file: checked_header(file, CHECKPOINT_LIMITS, source))
+
+    def stored(info: TensorInfo) -> LazyTensor:
+        part = replace(header, data_start=header.data_start + info.begin, file_size=header.data_start + info.end)
+        return LazyTensor(
+            info.dtype, info.shape, lambda: _read_part(source, identity, part).view(info.dtype).view(info.shape)
+        )
+
+    tensors = {name: stored(info) for name, info in header.tensors.items()}
+    _save(Path(path), header.tensors, tensors, dict(metadata), overwrite, progress)
+
+
+def save_bytes(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> None:
+    """Write a small file, such as a picture or JSON: whole or not at all.
+
+    Raises:
+        OutputError: As `save_tensors`.
+    """
+    with replacing(Path(path), len(data), overwrite) as temp:
+        temp.write(data)
+
+
+def _read_part(source: Path, identity: FileIdentity, part: Header) -> Tensor:
+    """Bytes of a file, which is closed then: Windows replaces no file that is open or mapped."""
+    now, data = read_unchanged(source, lambda file: read_data(file, part, source))
+    if now != identity:
+        raise FileChangedError(f"{shown(source)} is being written to; try again when that is done")
+    return data
+
+
+def _save(
+    path: Path,
+    layout: Mapping[str, TensorInfo],
+    tensors: Mapping[str, Tensor | LazyTensor],
+    metadata: dict[str, str],
+    overwrite: bool,
+    progress: Progress,
+) -> None:
     try:
         header = encode_header(layout, metadata)
     except ValueError as error:
@@ -142,17 +206,8 @@ def save_tensors(
         for name, info in layout.items():
             beginnings[name] = _write(temp, tensors[name], VERIFIED_BYTES if name in probes else 0)
             progress(info.end, size)
+        temp.end()
         _verify(temp.file, layout, beginnings, metadata, path)
-
-
-def save_bytes(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> None:
-    """Write a small file, such as a picture or JSON: whole or not at all.
-
-    Raises:
-        OutputError: As `save_tensors`.
-    """
-    with replacing(Path(path), len(data), overwrite) as temp:
-        temp.write(data)
 
 
 def _write(temp: TempFile, tensor: Tensor | LazyTensor, kept: int) -> bytes:
