@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lib_lora import __version__
-from lib_lora.core.header import encode_header
+from lib_lora.core.files import read_header
+from lib_lora.core.header import CHECKPOINT_LIMITS, LORA_LIMITS, MEGABYTE, encode_header
 from lib_lora.core.models import BaseModel
-from lib_lora.core.saving import bytes_of, layout_of
+from lib_lora.core.opening import shown
+from lib_lora.core.saving import bytes_of, layout_of, no_progress, save_with_metadata
+from lib_lora.errors import JobError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor
+
+    from lib_lora.core.header import TensorInfo
+    from lib_lora.core.saving import Progress
 
     Prediction = Literal["epsilon", "v"]
 
@@ -36,6 +42,27 @@ _NETWORK = "networks.lora"
 _DOWN = ".lora_down.weight"
 _STALE = ("modelspec.hash_sha256", "lora_adapter_metadata")
 """What is said of the tensors of the file that metadata is taken from, and not of others."""
+
+
+@dataclass(frozen=True)
+class MetadataEdit:
+    """What was changed in a header.
+
+    Attributes:
+        path: The file that was written.
+        metadata: All that it says now.
+        set: Keys that are new or have another text than before.
+        removed: Keys that are gone.
+    """
+
+    path: str
+    metadata: Mapping[str, str]
+    set: tuple[str, ...]
+    removed: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -62,6 +89,52 @@ _KINDS = {
     BaseModel.SDXL: _Kind("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "1024x1024", _SGM),
 }
 _SD2_EPSILON = _Kind("sd_v2", "stable-diffusion-v2-512", "512x512", "diffusers")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a LoRA or a checkpoint.
+
+    Raises:
+        FileError: If it can not be read.
+    """
+    return read_header(path, CHECKPOINT_LIMITS).metadata
+
+
+def edit_metadata(
+    source: Path,
+    changes: Mapping[str, str],
+    removed: Collection[str] = (),
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> MetadataEdit:
+    """Change texts in a header; the tensors stay where and what they are, byte for byte.
+
+    Args:
+        source: The file.
+        changes: Key → new text.
+        removed: Keys that go.
+        out: The file to be; None for `source` itself.
+        overwrite: Whether an older file is replaced, `source` too.
+        progress: Told the bytes written.
+
+    Raises:
+        FileError: If `source` can not be read.
+        JobError: If there is nothing to change, a key to be removed is not there, or the header becomes too long.
+        OutputError: If the file can not be written.
+    """
+    header = read_header(source, CHECKPOINT_LIMITS)
+    missing = [key for key in removed if key not in header.metadata]
+    if missing or not (changes or removed):
+        what = f"has no metadata {missing[0]!r} to remove" if missing else "stays as it is: nothing to set or to remove"
+        raise JobError(f"{shown(source)} {what}")
+    metadata = {key: text for key, text in header.metadata.items() if key not in removed} | dict(changes)
+    _check_length(header.tensors, metadata, source)
+    path = out or source
+    save_with_metadata(source, path, metadata, overwrite=overwrite, progress=progress)
+    new = tuple(key for key, text in changes.items() if header.metadata.get(key) != text)
+    return MetadataEdit(str(path), metadata, new, tuple(removed))
 
 
 def model_spec(
@@ -193,6 +266,19 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
         window.update(data[max(0, first - begin) : max(0, last - begin)])
         begin += len(data)
     return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": window.hexdigest()[:LEGACY_LETTERS]}
+
+
+def _check_length(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], source: Path) -> None:
+    """What every program can read: a header as long as a LoRA's may be here, in Unicode, without nameless texts."""
+    if "" in metadata:
+        raise JobError(f"{shown(source)}: metadata needs a name, such as modelspec.title")
+    try:
+        length = len(encode_header(tensors, metadata))
+    except ValueError as error:
+        raise JobError(f"{shown(source)}: a text of the metadata has broken Unicode: {error}") from error
+    if length > LORA_LIMITS.header_bytes:
+        most = LORA_LIMITS.header_bytes // MEGABYTE
+        raise JobError(f"{shown(source)} would have a header of {length / MEGABYTE:,.1f} MB, at most {most} are read")
 
 
 def _kind(family: BaseModel, prediction: Prediction) -> _Kind | None:
