@@ -18,7 +18,7 @@ from lib_lora.core.files import FileIdentity, data_sha256, read_header
 from lib_lora.core.folders import lora_places
 from lib_lora.errors import FileError, UnknownLoraError
 from lib_lora.prompt.names import NamedFile, NameTable
-from lib_lora.prompt.tags import shorten
+from lib_lora.prompt.values import shorten
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -172,7 +172,7 @@ class LoraCatalog:
 
     def _look_up(self, name: str) -> CatalogEntry | None:
         real = self._names.find(name)
-        return None if real is None else self._entries[real]
+        return None if real is None else self._entries.get(real)
 
     def _why_unknown(self, name: str) -> str:
         if rivals := [self._entries[real] for real in self._names.claimants(name)]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lib_lora.prompt.values import number_text
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -30,6 +32,8 @@ class AppliedLora:
         missing: Component → how many of its layers the model has not, and the first three.
         embeddings: Names of textual inversions that come with it.
         dyn: How many ranks of each layer are used, or None for all.
+        weights: Block weights as arguments of a tag, presets and drawn numbers written out; ``""`` for none.
+        says_more: Whether `weights` says more than the tag did.
     """
 
     name: str
@@ -47,6 +51,15 @@ class AppliedLora:
     missing: Mapping[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict[str, "tuple[int, tuple[str, ...]]"])
     embeddings: tuple[str, ...] = ()
     dyn: int | None = None
+    weights: str = ""
+    says_more: bool = False
+
+    @property
+    def tag(self) -> str:
+        """The tag that asks for the same, wherever the preset files say something else."""
+        dyn = [] if self.dyn is None else [f"dyn={self.dyn}"]
+        weights = [self.weights] if self.weights else []
+        return f"<lora:{':'.join([self.name, number_text(self.te), number_text(self.unet), *dyn, *weights])}>"
 
     def __str__(self) -> str:
         """One line."""
@@ -54,7 +67,9 @@ class AppliedLora:
         strength = f"{self.unet:g}" if self.te == self.unet else f"te {self.te:g}, unet {self.unet:g}"
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.algorithms.items())
         mixed = f" ({kinds})" if len(self.algorithms) > 1 else ""
-        return f"{self.name} at {strength}: {self.algorithm} rank {self.rank}{mixed}, {self.layers} of {total} layers"
+        weights = f", {self.weights}" if self.weights else ""
+        layers = f"{self.layers} of {total} layers"
+        return f"{self.name} at {strength}{weights}: {self.algorithm} rank {self.rank}{mixed}, {layers}"
 
 
 @dataclass(frozen=True)

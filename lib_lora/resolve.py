@@ -11,6 +11,8 @@ from lib_lora.core.naming import group_names
 from lib_lora.core.network import load_network
 from lib_lora.core.plan import Scale, make_plan, match_network
 from lib_lora.errors import PrefuseError
+from lib_lora.presets import PresetFiles
+from lib_lora.prompt.block_weights import BlockWeights
 from lib_lora.report import AppliedLora, RefusedLora, SessionReport
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from lib_lora.catalog import CatalogEntry, LoraCatalog
     from lib_lora.core.keymap import KeyMap
+    from lib_lora.core.layers import LayerRef
     from lib_lora.core.network import Network
     from lib_lora.core.plan import Compat, FusePlan, Match
     from lib_lora.prompt.tags import LoraRequest, ParsedPrompt
@@ -33,6 +36,8 @@ class ResolvedLora:
     request: LoraRequest
     entry: CatalogEntry
     match: Match
+    scale: Scale
+    weights: BlockWeights
 
     @property
     def network(self) -> Network:
@@ -65,15 +70,19 @@ class ResolvedLora:
             missing=group_names(self.match.unmatched),
             embeddings=tuple(self.network.embeddings),
             dyn=self.request.dyn,
+            weights=self.weights.text,
+            says_more=self.weights.says_more,
         )
 
 
 class Resolver:
     """Reads LoRA files for one model. A file that changed on disk is read again."""
 
-    def __init__(self, catalog: LoraCatalog, keymap: KeyMap) -> None:
+    def __init__(self, catalog: LoraCatalog, keymap: KeyMap, presets: PresetFiles | None = None) -> None:
         self._catalog = catalog
         self._keymap = keymap
+        self._presets = presets or PresetFiles()
+        self._blocks = frozenset(layer.block for layer in keymap if layer.block)
         self._networks: OrderedDict[FileIdentity, Network] = OrderedDict()
         self._matches: dict[str, Match] = {}
 
@@ -92,9 +101,13 @@ class Resolver:
         """Read the file of one LoRA and lay it over the model.
 
         Raises:
-            PrefuseError: If the file can not be read, or does not fit the model.
+            PrefuseError: If the file can not be read, or it or its block weights do not fit the model.
         """
-        return ResolvedLora(request, entry, self._match(entry, request.dyn))
+        match = self._match(entry, request.dyn)
+        weights = BlockWeights()
+        if request.blocks is not None:
+            weights = request.blocks.resolve(self._presets.read(), self._blocks)
+        return ResolvedLora(request, entry, match, _scale(request, weights, match), weights)
 
     def preview(self, parsed: ParsedPrompt, mode: str) -> SessionReport:
         """What a session would apply and refuse."""
@@ -138,9 +151,18 @@ def plan_of(loras: Sequence[ResolvedLora], compat: Compat) -> FusePlan:
 
     The WebUI gives one that is named twice its last strengths both times.
     """
-    requests = [lora.request for lora in loras]
-    if compat == "a1111":
-        last = {lora.network.uid: lora.request for lora in loras}
-        requests = [last[lora.network.uid] for lora in loras]
-    scales = [Scale(request.te, request.unet) for request in requests]
-    return make_plan(zip((lora.match for lora in loras), scales, strict=True), compat)
+    last = {lora.network.uid: lora.scale for lora in loras} if compat == "a1111" else {}
+    return make_plan([(lora.match, last.get(lora.network.uid, lora.scale)) for lora in loras], compat)
+
+
+def _scale(request: LoraRequest, weights: BlockWeights, match: Match) -> Scale:
+    """Strengths and block weights of a request's LoRA."""
+    if not weights.text:
+        return Scale(request.te, request.unet)
+    return Scale(request.te, request.unet, layers={layer.key: _weight(weights, layer) for layer, _ in match.layers})
+
+
+def _weight(weights: BlockWeights, layer: LayerRef) -> float:
+    name = layer.original.replace(".", "_")
+    # The WebUI names a text encoder's layers so, and rules were written for its names.
+    return weights.of(layer.block, f"transformer_{name}" if layer.component.startswith("te") else name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,12 +21,13 @@ from lib_lora.core.memory import return_memory
 from lib_lora.core.norms import delta_norm, shares
 from lib_lora.core.patch_state import STATE_ATTRIBUTE, ApplyReport
 from lib_lora.core.patcher import ModelPatcher
-from lib_lora.core.plan import Scale, make_plan
-from lib_lora.errors import ForeignWriteError, ModelError, NetworkError, TagError, UnknownLoraError
+from lib_lora.errors import ForeignWriteError, ModelError, NetworkError, UnknownLoraError
 from lib_lora.pipelines import pipeline_components
-from lib_lora.prompt.tags import ParsedPrompt, parse_numbers, parse_request
+from lib_lora.presets import PresetFiles
+from lib_lora.prompt.tags import parse_request
 from lib_lora.report import RefusedLora, SessionReport
 from lib_lora.resolve import IDLE_BYTES, Resolver, plan_of
+from lib_lora.tuning import Slider
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from lib_lora.core.models import BaseModel
     from lib_lora.core.patch_state import Rounding
     from lib_lora.core.plan import Compat, FusePlan
-    from lib_lora.prompt.tags import Request
+    from lib_lora.prompt.tags import ParsedPrompt, Request
     from lib_lora.report import AppliedLora
     from lib_lora.resolve import ResolvedLora
 
@@ -68,6 +68,7 @@ class LoraSession:
         store: StoreKind = "auto",
         checkpoint: Path | Sequence[Path] | None = None,
         fp8_rounding: Rounding = "nearest",
+        presets: PresetFiles | None = None,
         on_weights_changed: Callable[[Sequence[LayerRef]], None] | None = None,
     ) -> None:
         """Prepare a model; no weight is touched and nothing is copied yet.
@@ -80,6 +81,7 @@ class LoraSession:
             store: Where base weights are kept while LoRAs are fused.
             checkpoint: The .safetensors file(s) the model was loaded from, which can serve as the store.
             fp8_rounding: How sums are rounded to weights in fp8: ``nearest``, or ``stochastic`` (seeded).
+            presets: Where presets of block weights are read; by default from files in the LoRA folders.
             on_weights_changed: Called after weights were written, with their layers.
 
         Raises:
@@ -99,7 +101,7 @@ class LoraSession:
         self._mode: Mode = mode
         self._compat: Compat = compat
         self._on_weights_changed = on_weights_changed
-        self._resolver = Resolver(catalog, self.keymap)
+        self._resolver = Resolver(catalog, self.keymap, presets or PresetFiles(catalog.folders))
         self._loras: list[ResolvedLora] = []
         self._lock = threading.RLock()
         self._report = SessionReport(mode=mode)
@@ -116,7 +118,7 @@ class LoraSession:
         Args:
             pipe: Any object with `unet` (or `transformer`) and `text_encoder` modules.
             lora_dir: One or more folders with LoRA files.
-            options: As the constructor's: mode, compat, store, checkpoint, fp8_rounding, on_weights_changed.
+            options: As the constructor's: mode, compat, store, checkpoint, fp8_rounding, presets, on_weights_changed.
 
         Raises:
             ModelError: If the pipeline has no such modules.
@@ -234,33 +236,23 @@ class LoraSession:
             TagError: By the function, if a strength is not finite or beyond the limits of a tag.
         """
         with self._lock:
-            text, requests = self._report.text, [lora.request for lora in self._loras]
-            moving = self._active(name)
-            layers = [layer for layer, _ in moving.match.layers]
-            previews = self._mode == "prefuse" and all(
-                layer.is_rewritable and not adapter.needs_base for layer, adapter in moving.match.layers
-            )
+            slider = Slider(name, self._report.text, self._loras)
+            previews = self._mode == "prefuse" and slider.can_preview
             if previews:
-                rest = [lora for lora in self._loras if lora.request.name != name]
-                self._patcher.hold(plan_of(rest, self._compat), layers)
+                self._patcher.hold(plan_of(slider.rest, self._compat), slider.layers)
 
             def turn(strength: float) -> None:
-                if problems := parse_numbers([(name, strength)]).problems:
-                    raise TagError(problems[0].message)
-                requests[:] = [
-                    replace(request, te=strength, unet=strength) if request.name == name else request
-                    for request in requests
-                ]
+                moving = slider.move(strength)
                 if previews:
-                    self._patcher.tune(make_plan([(moving.match, Scale(strength, strength))]))
-                    self._tell(layers)
+                    self._patcher.tune(moving)
+                    self._tell(slider.layers)
                 else:
-                    self._set(ParsedPrompt(text, tuple(requests)))
+                    self._set(slider.parsed)
 
             try:
                 yield turn
             finally:
-                self._set(ParsedPrompt(text, tuple(requests)))
+                self._set(slider.parsed)
 
     def clear(self) -> SessionReport:
         """Base weights back, bit for bit."""

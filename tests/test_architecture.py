@@ -19,8 +19,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
     ("errors",),
     ("core", "prompt"),
-    ("catalog", "report", "pipelines"),
+    ("catalog", "presets", "report", "pipelines"),
     ("resolve",),
+    ("tuning",),
     ("session",),
     ("compile", "tools", "train"),
     ("hosts",),

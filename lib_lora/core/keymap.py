@@ -189,6 +189,7 @@ def _layer(component: str, place: Place, weight: _Weight, tail: str = "") -> Lay
         rows=place.rows,
         module=weight.module,
         attribute=weight.name.rpartition(".")[2],
+        original=place.ldm or place.path,
     )
 
 

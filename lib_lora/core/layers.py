@@ -37,6 +37,7 @@ class LayerRef:
         module: The module that owns the parameter, or None in a checkpoint.
         attribute: Name of the parameter on `module`: ``weight`` or ``bias``, or a MultiheadAttention's
             ``in_proj_weight`` or ``in_proj_bias``.
+        original: Dotted path in its component as the original library spells it, or diffusers where that has no name.
     """
 
     key: str
@@ -47,6 +48,7 @@ class LayerRef:
     rows: tuple[int, int] | None = None
     module: nn.Module | None = None
     attribute: str = "weight"
+    original: str = ""
 
     @property
     def narrow_shape(self) -> tuple[int, ...] | None:

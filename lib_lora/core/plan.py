@@ -35,17 +35,17 @@ class Scale:
     Attributes:
         te: Strength of the text encoders.
         unet: Strength of the UNet.
-        blocks: Block name → factor; a block that is not listed has 1.
+        layers: Layer key → block weight; a layer that is not listed has 1.
     """
 
     te: float = 1.0
     unet: float = 1.0
-    blocks: Mapping[str, float] = field(default_factory=dict[str, float])
+    layers: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def factor(self, layer: LayerRef) -> float:
         """What ΔW of this layer is multiplied by."""
         strength = self.te if layer.component.startswith("te") else self.unet
-        return strength * self.blocks.get(layer.block, 1.0)
+        return strength * self.layers.get(layer.key, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,18 +62,18 @@ class Match:
     layers: Sequence[tuple[LayerRef, WeightAdapter]]
     unmatched: Sequence[str]
 
-    @property
+    @cached_property
     def matched(self) -> int:
         """How many layers of the network the model has; a weight and its bias are one."""
         missing = set(self.unmatched)
         return _count_layers(name for name in self.network.adapters if name not in missing)
 
-    @property
+    @cached_property
     def total(self) -> int:
         """How many layers the network has."""
         return self.matched + _count_layers(self.unmatched)
 
-    @property
+    @cached_property
     def note(self) -> str:
         """A sentence about what is missing, or nothing."""
         if not self.unmatched:

@@ -7,26 +7,25 @@ refused alone, and so is one that is not finite.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from lib_lora.errors import TagError
+from lib_lora.prompt.block_weights import ARGUMENTS, read_blocks
+from lib_lora.prompt.values import read_rank, read_strength, shorten
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from lib_lora.prompt.block_weights import BlockRequest
 
     Request: TypeAlias = "str | ParsedPrompt | Sequence[tuple[str, float] | tuple[str, float, float]]"
 
 TAG_NAMES = frozenset({"lora", "lyco"})
-MAX_STRENGTH = 100.0
-MAX_RANK = 1_000_000
-MAX_NUMBER_LETTERS = 1000
-"""Longer texts are no number: some Python versions take minutes to read an integer of a million digits."""
-SHOWN_LETTERS = 60
-
 TAG_PATTERN = re.compile(r"<(\w+):([^>]+)>")
 _UNWRITABLE = re.compile("[:>\x00-\x1f\x7f\ud800-\udfff]")
-_READ_NAMES = frozenset({"te", "unet", "dyn"})
+_READ_NAMES = frozenset({"te", "unet", "dyn"}) | ARGUMENTS
 _POSITIONS = 4
 
 
@@ -41,6 +40,7 @@ class LoraRequest:
         dyn: How many ranks of each layer to use, or None for all.
         raw: The whole tag.
         ignored: Arguments that this version gives no meaning, as written.
+        blocks: Block weights, or None for 1 everywhere.
     """
 
     name: str
@@ -49,6 +49,7 @@ class LoraRequest:
     dyn: int | None = None
     raw: str = ""
     ignored: tuple[str, ...] = ()
+    blocks: BlockRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class ParsedPrompt:
     problems: tuple[TagProblem, ...] = ()
 
 
-class _BadTag(ValueError):  # noqa: N818 -- becomes a TagProblem, never leaves this module
-    """Why a tag is refused."""
-
-
-def parse_prompt(text: str) -> ParsedPrompt:
+def parse_prompt(text: str, seed: int = 0) -> ParsedPrompt:
     """Take ``<lora:…>`` and ``<lyco:…>`` out of a prompt; never raises, linear in the length of `text`.
+
+    Args:
+        text: A prompt.
+        seed: Of the picture; random block weights are drawn from it.
 
     Source: modules/extra_networks.py and extensions-builtin/Lora of the WebUI 1.10.1, whose results these are.
     """
@@ -96,8 +97,8 @@ def parse_prompt(text: str) -> ParsedPrompt:
         if kind not in TAG_NAMES:
             return raw
         try:
-            requests.append(_read_arguments(raw, arguments))
-        except _BadTag as fault:
+            requests.append(_read_arguments(raw, arguments, seed))
+        except TagError as fault:
             problems.append(_problem(raw, fault))
         return ""
 
@@ -115,16 +116,17 @@ def parse_numbers(loras: Iterable[Sequence[str | float]]) -> ParsedPrompt:
         raw = ":".join(map(str, lora))
         try:
             requests.append(_read_tuple(lora, raw))
-        except _BadTag as fault:
+        except TagError as fault:
             problems.append(_problem(raw, fault))
     return ParsedPrompt("", tuple(requests), tuple(problems))
 
 
-def parse_arguments(tags: Iterable[tuple[Sequence[object], Mapping[str, object]]]) -> ParsedPrompt:
+def parse_arguments(tags: Iterable[tuple[Sequence[object], Mapping[str, object]]], seed: int = 0) -> ParsedPrompt:
     """Requests from tags that a host has split already, by the same rules as `parse_prompt`.
 
     Args:
         tags: Positional and named arguments of each; values may be numbers.
+        seed: As for `parse_prompt`.
     """
     requests: list[LoraRequest] = []
     problems: list[TagProblem] = []
@@ -134,8 +136,8 @@ def parse_arguments(tags: Iterable[tuple[Sequence[object], Mapping[str, object]]
         raw = f"<lora:{':'.join([*texts, *(f'{key}={value}' for key, value in pairs.items())])}>"
         ignored = [f"{key}={value}" for key, value in pairs.items() if key not in _READ_NAMES]
         try:
-            requests.append(_request(raw, texts, pairs, (*ignored, *texts[_POSITIONS:])))
-        except _BadTag as fault:
+            requests.append(_request(raw, texts, pairs, (*ignored, *texts[_POSITIONS:]), seed))
+        except TagError as fault:
             problems.append(_problem(raw, fault))
     return ParsedPrompt("", tuple(requests), tuple(problems))
 
@@ -157,17 +159,11 @@ def writable_name(name: str) -> str:
     return spelling.replace("=", "_") if spelling.count("=") == 1 else spelling
 
 
-def shorten(text: str, letters: int = SHOWN_LETTERS) -> str:
-    """A user's text as a sentence can hold it: on one line, printable, cut after some letters."""
-    shown = text if len(text) <= letters else f"{text[: letters - 1]}…"
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in shown)
-
-
-def _problem(raw: str, fault: _BadTag) -> TagProblem:
+def _problem(raw: str, fault: TagError) -> TagProblem:
     return TagProblem(raw, f"{shorten(raw)} is not applied: {fault}")
 
 
-def _read_arguments(raw: str, arguments: str) -> LoraRequest:
+def _read_arguments(raw: str, arguments: str, seed: int) -> LoraRequest:
     positional: list[str] = []
     named: dict[str, str] = {}
     ignored: list[str] = []
@@ -179,52 +175,28 @@ def _read_arguments(raw: str, arguments: str) -> LoraRequest:
             named[key] = values[0]
         else:
             ignored.append(argument)
-    return _request(raw, positional, named, (*ignored, *positional[_POSITIONS:]))
+    return _request(raw, positional, named, (*ignored, *positional[_POSITIONS:]), seed)
 
 
-def _request(raw: str, positional: list[str], named: dict[str, str], ignored: tuple[str, ...]) -> LoraRequest:
+def _request(
+    raw: str, positional: list[str], named: dict[str, str], ignored: tuple[str, ...], seed: int
+) -> LoraRequest:
     """The values of a tag: defaults, then positions, then names, which win."""
     if not positional or not positional[0]:
-        raise _BadTag("it names no LoRA; write <lora:NAME:0.8>")
-    te = _strength("te", positional[1]) if len(positional) > 1 else 1.0
-    te = _strength("te", named["te"]) if "te" in named else te
-    unet = _strength("unet", positional[2]) if len(positional) > 2 else te
-    unet = _strength("unet", named["unet"]) if "unet" in named else unet
-    dyn = _rank(positional[3]) if len(positional) > 3 else None
-    dyn = _rank(named["dyn"]) if "dyn" in named else dyn
-    return LoraRequest(positional[0], te, unet, dyn, raw, ignored)
+        raise TagError("it names no LoRA; write <lora:NAME:0.8>")
+    name = positional[0]
+    te = read_strength("te", positional[1]) if len(positional) > 1 else 1.0
+    te = read_strength("te", named["te"]) if "te" in named else te
+    unet = read_strength("unet", positional[2]) if len(positional) > 2 else te
+    unet = read_strength("unet", named["unet"]) if "unet" in named else unet
+    dyn = read_rank(positional[3]) if len(positional) > 3 else None
+    dyn = read_rank(named["dyn"]) if "dyn" in named else dyn
+    blocks = read_blocks(named, x=positional[3] if len(positional) > 3 else "1", seed=f"{seed}:{name}")
+    return LoraRequest(name, te, unet, dyn, raw, ignored, blocks)
 
 
 def _read_tuple(lora: Sequence[str | float], raw: str) -> LoraRequest:
     if len(lora) not in (2, 3) or not isinstance(lora[0], str) or not lora[0]:
-        raise _BadTag("give (name, strength) or (name, te, unet)")
-    te = _strength("te", lora[1])
-    return LoraRequest(lora[0], te, _strength("unet", lora[2]) if len(lora) == 3 else te, raw=raw)
-
-
-def _strength(what: str, value: str | float) -> float:
-    """A finite number of at most `MAX_STRENGTH` in size."""
-    try:
-        number = float(_number_text(value) if isinstance(value, str) else value)
-    except (ValueError, TypeError, OverflowError):
-        raise _BadTag(f"{what} is {shorten(str(value))!r}, not a number; write one such as 0.8") from None
-    if not math.isfinite(number) or abs(number) > MAX_STRENGTH:
-        limit = f"{MAX_STRENGTH:g}"
-        raise _BadTag(f"{what} is {shorten(str(value))}, beyond the limits; write a number from -{limit} to {limit}")
-    return number
-
-
-def _rank(text: str) -> int:
-    try:
-        rank = int(_number_text(text))
-    except ValueError:
-        raise _BadTag(f"dyn is {shorten(text)!r}, not a whole number; write a rank such as 16") from None
-    if not 0 <= rank <= MAX_RANK:
-        raise _BadTag(f"dyn is {shorten(text)}; write a rank from 0 to {MAX_RANK}")
-    return rank
-
-
-def _number_text(text: str) -> str:
-    if len(text) > MAX_NUMBER_LETTERS:
-        raise ValueError(f"{len(text)} letters are no number")
-    return text
+        raise TagError("give (name, strength) or (name, te, unet)")
+    te = read_strength("te", lora[1])
+    return LoraRequest(lora[0], te, read_strength("unet", lora[2]) if len(lora) == 3 else te, raw=raw)

@@ -5,12 +5,14 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_lora.prompt.tags import MAX_STRENGTH, parse_prompt
+from lib_lora.prompt.tags import parse_prompt
+from lib_lora.prompt.values import MAX_STRENGTH
 
 EXAMPLES = 10_000
 
 PIECES = ["<lora:", "<lyco:", "<hypernet:", "<LORA:", "<", ">", ">", ":", ":", "=", "a", " b ", "é\n", "\0", "\ud800"]
 PIECES += ["te=", "unet=", "dyn=", "lbw=MIDD", "0.5", "-3", "16", "１.５", "1_0", "nan", "-1e999", "1e30", "9" * 5000]
+PIECES += ["lbw=", "lbwe=", "in=", "x=", "1,0," * 8, "R,", "X-0.5,", "X", "IN05-OUT05;attn", ";;", "NOT ", ",1"]
 PROMPTS = st.one_of(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.text(max_size=20))
 
 NAMES = st.text(st.characters(exclude_characters=":>="), min_size=1, max_size=20)

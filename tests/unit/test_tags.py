@@ -77,6 +77,21 @@ REFUSED = [
     ("<lora::1>", "names no LoRA"),
     ("<lora:te=1>", "names no LoRA"),
     ("<lora:a=b>", "names no LoRA"),
+    ("<lora:a:1:lbw=1,2,3>", "lbw holds 3 numbers; write 12, 17, 20 or 26"),
+    ("<lora:a:1:lbw=" + "1," * 17 + ">", "lbw holds 18 numbers"),
+    ("<lora:a:1:lbw=" + "1," * 11 + ">", "number 12 of lbw is ''"),
+    ("<lora:a:1:lbw=" + "1," * 11 + "r>", "number 12 of lbw is 'r'"),
+    ("<lora:a:1:lbw=" + "1," * 11 + "nan>", "number 12 of lbw is nan"),
+    ("<lora:a:1:lbw=" + "1," * 11 + "X*2>", "number 12 of lbw is 'X*2'"),
+    ("<lora:a:1:lbw=X+," + "1," * 10 + "1>", "number 1 of lbw is ''"),
+    ("<lora:a:1:lbw=X+60," + "1," * 10 + "1:x=60>", "number 1 of lbw is 120.0"),
+    ("<lora:a:1:lbw=MIDD:x=>", "x is ''"),
+    ("<lora:a:in=x>", "in is 'x'"),
+    ("<lora:a:out=inf>", "out is inf"),
+    ("<lora:a:lbwe=IN05;attn>", "'IN05;attn' of lbwe is not BLOCKS:ELEMENTS:RATIO"),
+    ("<lora:a:lbwe=IN05;attn;x>", "the ratio of lbwe is 'x'"),
+    ("<lora:a:lbwe=IN05-OUT12;attn;1>", "'IN05-OUT12' of lbwe is no range of blocks"),
+    ("<lora:a:lbwe=" + "a " * 20_000 + ";;1>", "40003 letters"),
 ]
 
 
@@ -134,10 +149,41 @@ def test_a_tag_within_another_word_starts_at_its_own_bracket() -> None:
 
 
 def test_arguments_without_a_meaning_are_ignored_and_told() -> None:
-    tag = "<lora:a:0.5:lbw=MIDD:0.6:note=x:8:start=3:seventh:e=m=c>"
+    tag = "<lora:a:0.5:LBW=MIDD:0.6:note=x:8:seventh:e=m=c>"
     assert parse_prompt(tag).requests == (
-        LoraRequest("a", 0.5, 0.6, 8, tag, ("lbw=MIDD", "note=x", "start=3", "seventh", "e=m=c")),
+        LoraRequest("a", 0.5, 0.6, 8, tag, ("LBW=MIDD", "note=x", "seventh", "e=m=c")),
     )
+
+
+# Tag, and the block weights it asks for: list or name, elements, thirds, what X stands for.
+BLOCK_WEIGHTS = [
+    ("<lora:a:1:lbw=MIDD>", ("MIDD", "", (), 1.0)),
+    ("<lora:a:1:w=MIDD>", ("MIDD", "", (), 1.0)),
+    ("<lora:a:1:w=IND:lbw=MIDD>", ("MIDD", "", (), 1.0)),
+    ("<lora:lbw=MIDD:a>", ("MIDD", "", (), 1.0)),
+    ("<lora:a:1:0.5:lbwe=ATTNDEEPON>", ("", "ATTNDEEPON", (), 1.0)),
+    ("<lora:a:in=0:out=0.5>", ("", "", (("in", 0.0), ("out", 0.5)), 1.0)),
+    ("<lora:a:mid=-1>", ("", "", (("mid", -1.0),), 1.0)),
+    ("<lora:a:1:lbw=MY:x=0.3>", ("MY", "", (), 0.3)),
+    ("<lora:a:1:1:8:lbw=MY>", ("MY", "", (), 8.0)),
+    ("<lora:a:1:1:8:lbw=MY:x=0.3>", ("MY", "", (), 0.3)),
+]
+
+
+@pytest.mark.parametrize(("tag", "asked"), BLOCK_WEIGHTS)
+def test_block_weights_are_read_from_named_arguments(tag: str, asked: tuple[object, ...]) -> None:
+    (request,) = parse_prompt(tag).requests
+    blocks = request.blocks
+    assert blocks is not None
+    assert (blocks.weights, blocks.elements, blocks.thirds, blocks.x) == asked
+    assert request.ignored == ()
+
+
+def test_random_weights_are_drawn_from_the_pictures_seed_and_the_loras_name() -> None:
+    tags = "<lora:a:1:lbw=MY><lora:b:1:lbw=MY>"
+    seeds = [request.blocks.seed for seed in (1, 2, 1) for request in parse_prompt(tags, seed).requests]
+    assert seeds[:2] == seeds[4:]
+    assert len(set(seeds)) == 4
 
 
 def test_a_problem_shows_a_hostile_tag_short_and_on_one_line() -> None:
@@ -186,8 +232,14 @@ LINEAR_SECONDS = 5.0
         "<lora:a:dyn=" + "9" * 10_000_000 + ">",
         "<lora:a" + ":1" * 5_000_000 + ">",
         "<lora:" + "=" * 10_000_000 + ">",
+        "<lora:a:lbw=" + "1," * 5_000_000 + ">",
+        "<lora:a:lbw=" + "X" * 10_000_000 + ">",
+        "<lora:a:lbwe=" + ";," * 5_000_000 + ">",
     ],
-    ids=["open", "nested", "brackets", "word", "number", "rank", "arguments", "equals"],
+    ids=[
+        *("open", "nested", "brackets", "word", "number", "rank", "arguments", "equals"),
+        *("block weights", "preset", "elements"),
+    ],
 )
 def test_ten_megabytes_of_anything_take_linear_time(text: str) -> None:
     start = time.process_time()
