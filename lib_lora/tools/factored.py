@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ from lib_lora.core.adapters.base import fold_core, matrix
 from lib_lora.core.adapters.loha import LohaAdapter
 from lib_lora.core.adapters.lokr import LokrAdapter
 from lib_lora.core.norms import factors_norm
-from lib_lora.errors import AdapterError
+from lib_lora.errors import AdapterError, NonFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from lib_lora.core.adapters import WeightAdapter
     from lib_lora.core.adapters.lokr import Part
 
-_linalg: Any = torch.linalg  # has no types
+# They have no types.
+_linalg: Any = torch.linalg
+_pad: Any = torch.nn.functional.pad
 JITTER = 1e-8
 """Part of the largest number that is added to a matrix whose singular values do not converge."""
 
@@ -32,21 +35,13 @@ class Truncation(NamedTuple):
 
     Attributes:
         factors: Of the approximation, in float32 or float64; its scale is 1.
-        values: All singular values of the whole matrix, in descending order.
+        norm: ‖M‖ (Frobenius) of the whole matrix.
+        lost: ‖M - approximation‖.
     """
 
     factors: Factors
-    values: Tensor
-
-    @property
-    def norm(self) -> float:
-        """‖M‖ (Frobenius) of the whole matrix."""
-        return _linalg.vector_norm(self.values, dtype=torch.float64).item()
-
-    @property
-    def lost(self) -> float:
-        """‖M - approximation‖, which is √Σσ² of what was cut off."""
-        return _linalg.vector_norm(self.values[self.factors.up.shape[1] :], dtype=torch.float64).item()
+    norm: float
+    lost: float
 
 
 class StoredLayer(NamedTuple):
@@ -98,16 +93,6 @@ def _part_factors(part: Part) -> tuple[Tensor, Tensor]:
     return (up.t().contiguous(), fold_core(core[0], down)) if core else (up, down.flatten(1))
 
 
-def dense_factors(adapter: WeightAdapter) -> Factors:
-    """An update without factors, as its ΔW beside a unit matrix of the smaller side.
-
-    Args:
-        adapter: One that does not need the base weight.
-    """
-    weight = matrix(adapter.delta_weight(torch.empty(()).expand(adapter.shape)))
-    return Factors(*_beside_unit(weight), 1.0)
-
-
 def _beside_unit(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     return (torch.eye(rows), weight) if rows <= columns else (weight, torch.eye(columns))
@@ -136,16 +121,20 @@ def truncated(factors: Factors, rank_of: Callable[[Tensor], int]) -> Truncation:
 
     Args:
         factors: up (out, rank), down (rank, in·kh·kw), float32 or float64.
-        rank_of: Singular values in descending order → how many of them are kept; more than there are is all.
+        rank_of: Singular values in descending order → how many of them are kept; what is missing at more than there
+            are, is filled with zeros.
 
     Raises:
         AdapterError: If the singular values can not be computed.
     """
     left, right = _Orthogonal.of(factors.up), _Orthogonal.of(factors.down.t())
     u, values, vh = small_svd(left.triangle @ right.triangle.t() * factors.scale)
-    rank = min(rank_of(values), len(values))
-    up, down = left.times(u[:, :rank] * values[:rank]), right.times(vh[:rank].t()).t()
-    return Truncation(Factors(up, down, 1.0), values)
+    rank = rank_of(values)
+    missing = [0, max(0, rank - len(values))]
+    up = _pad(left.times(u[:, :rank] * values[:rank]), missing)
+    down = _pad(right.times(vh[:rank].t()), missing).t()
+    norm, lost = (_linalg.vector_norm(part, dtype=torch.float64).item() for part in (values, values[rank:]))
+    return Truncation(Factors(up, down, 1.0), norm, lost)
 
 
 class _Orthogonal(NamedTuple):
@@ -210,6 +199,23 @@ def balanced(factors: Factors) -> Factors:
     sizes = up.abs().amax(0), down.abs().amax(1)
     shift = torch.where(sizes[0] * sizes[1] > 0, (sizes[1] / sizes[0]).log2() / 2, 0.0).round()
     return Factors(torch.ldexp(up, shift), torch.ldexp(down, -shift[:, None]), factors.scale)
+
+
+def storage_dtype(*tensors: Tensor) -> torch.dtype:
+    """What holds the numbers of all `tensors`: the widest of their dtypes, fp16 for 8-bit ones."""
+    dtypes = [tensor.dtype if tensor.element_size() > 1 else torch.float16 for tensor in tensors]
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def check_finite(layer: str, kept: StoredLayer) -> None:
+    """Refuse numbers that the file's dtype can not hold.
+
+    Raises:
+        NonFiniteError: If one is not finite.
+    """
+    if not (kept.up.isfinite().all() and kept.down.isfinite().all()):
+        kind = str(kept.up.dtype).removeprefix("torch.")
+        raise NonFiniteError(f"layer {layer} has numbers beyond {kind}; save it with --save-precision float or bf16")
 
 
 def stored(factors: Factors, dtype: torch.dtype, alpha: float | None = None) -> StoredLayer:
