@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 from lib_lora.core.clip_names import CLIP_BLOCKS, OPEN_CLIP, OPEN_CLIP_BLOCKS, OPEN_CLIP_OUTSIDE
 from lib_lora.core.ldm_names import diffusers_to_ldm, translate
 from lib_lora.core.models import BaseModel
-from lib_lora.core.naming import layer_name
+from lib_lora.core.naming import PIPELINE_PARTS, layer_name
 from lib_lora.errors import NamingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-_PEFT_COMPONENTS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}
 _KOHYA_COMPONENTS = {
     BaseModel.SD1: {"unet": "lora_unet", "te1": "lora_te"},
     BaseModel.SD2: {"unet": "lora_unet", "te1": "lora_te"},
@@ -128,7 +127,7 @@ def peft_name(layer: str, family: BaseModel) -> str:
         NamingError: See `dotted_name`.
     """
     component, path = _split(layer, family)
-    return f"{_PEFT_COMPONENTS[component]}.{path}"
+    return f"{PIPELINE_PARTS[component]}.{path}"
 
 
 def _split(layer: str, family: BaseModel) -> tuple[str, str]:

@@ -128,6 +128,15 @@ _OLD_PROCESSOR = (
 )
 """diffusers before 0.22 kept LoRAs in the attention processor; x-flux does, with the first six names."""
 
+PIPELINE_PARTS = {
+    "unet": "unet",
+    "te1": "text_encoder",
+    "te2": "text_encoder_2",
+    "te3": "text_encoder_3",
+    "transformer": "transformer",
+}
+"""Component → its name in a pipeline of diffusers, in its folders and its files."""
+
 WRAPPERS = ("_orig_mod", "base_layer")
 """Parts that torch.compile and PEFT put into module paths."""
 

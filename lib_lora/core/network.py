@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from lib_lora.core.adapters import WeightAdapter, is_low_rank, load_adapter
 from lib_lora.core.adapters.full import FullAdapter
 from lib_lora.core.files import read_lora_file
 from lib_lora.core.models import guess_of_file
 from lib_lora.core.naming import BIAS, split_embedding, split_key
+from lib_lora.core.peft_settings import PeftAlphas
 from lib_lora.errors import AdapterError, NamingError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class Network:
         counts = counts or Counter(adapter.algorithm for adapter in self.adapters.values())
         return dict(counts.most_common())
 
-    @property
+    @cached_property
     def ranks(self) -> tuple[int, ...]:
         """The ranks that occur in weights, ascending."""
         return tuple(sorted({adapter.rank for layer, adapter in self.adapters.items() if not layer.endswith(BIAS)}))
@@ -114,7 +113,7 @@ def network_from_file(file: LoraFile) -> Network:
     layers, embeddings, unused = _group(file)
     adapters: dict[str, WeightAdapter] = {}
     empty: list[str] = []
-    alphas = _PeftAlphas(file.metadata)
+    alphas = PeftAlphas(file.metadata)
     for layer in sorted(layers, key=lambda layer: layer.endswith(BIAS)):
         tensors = layers[layer]
         if any(tensor.numel() == 0 for tensor in tensors.values()):
@@ -142,7 +141,7 @@ def network_from_file(file: LoraFile) -> Network:
 
 
 def _adapter(
-    layer: str, tensors: Mapping[str, Tensor], others: Mapping[str, WeightAdapter], alphas: _PeftAlphas
+    layer: str, tensors: Mapping[str, Tensor], others: Mapping[str, WeightAdapter], alphas: PeftAlphas
 ) -> WeightAdapter:
     """One layer's adapter. PEFT scales a LoRA's bias as the LoRA beside it."""
     beside = others.get(layer.removesuffix(BIAS))
@@ -185,41 +184,3 @@ def _check_finite(name: str, adapters: Mapping[str, WeightAdapter]) -> None:
             f"{name}: {len(bad)} of {len(adapters)} layers hold NaN or infinity, the first is {bad[0]}; "
             "the file is damaged or its training diverged, download or train it again"
         )
-
-
-class _PeftAlphas:
-    """Alphas of files whose layers have none: diffusers writes PEFT's settings into the header.
-
-    Source: `lora_adapter_metadata` of diffusers >= 0.34, a JSON text with ``lora_alpha``, ``r``, ``use_rslora``,
-    ``alpha_pattern`` and ``rank_pattern``, each behind ``unet.``, ``text_encoder.``, … in a file of several components.
-    """
-
-    PREFIXES = MappingProxyType({"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"})
-
-    def __init__(self, metadata: Mapping[str, str]) -> None:
-        try:
-            settings: Any = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        except (ValueError, RecursionError):
-            settings = {}
-        self._settings = cast("dict[str, Any]", settings) if isinstance(settings, dict) else {}
-
-    def of(self, layer: str) -> float | None:
-        """Alpha for one layer such that alpha / rank is PEFT's scaling, or None where nothing is said."""
-        component, _, path = layer.partition(":")
-        prefix = self.PREFIXES.get(component, component)
-        alpha = self._number(prefix, "lora_alpha", path, "alpha_pattern")
-        if alpha is None or not self._setting(prefix, "use_rslora"):
-            return alpha
-        rank = self._number(prefix, "r", path, "rank_pattern")
-        return None if rank is None else alpha * math.sqrt(rank)
-
-    def _setting(self, prefix: str, key: str) -> Any:
-        return self._settings.get(f"{prefix}.{key}", self._settings.get(key))
-
-    def _number(self, prefix: str, key: str, path: str, pattern_key: str) -> float | None:
-        value = self._setting(prefix, key)
-        patterns = self._setting(prefix, pattern_key)
-        for pattern, special in cast("dict[str, Any]", patterns).items() if isinstance(patterns, dict) else ():
-            if path.endswith(pattern.replace(".", "_").lstrip("^")):
-                value = special
-        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

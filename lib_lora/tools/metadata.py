@@ -18,6 +18,7 @@ from lib_lora.core.files import read_header
 from lib_lora.core.header import CHECKPOINT_LIMITS, LORA_LIMITS, MEGABYTE, encode_header
 from lib_lora.core.models import BaseModel
 from lib_lora.core.opening import shown
+from lib_lora.core.peft_settings import PEFT_SETTINGS
 from lib_lora.core.saving import bytes_of, layout_of, no_progress, save_with_metadata
 from lib_lora.errors import JobError
 
@@ -40,7 +41,7 @@ LEGACY_LETTERS = 8
 
 _NETWORK = "networks.lora"
 _DOWN = ".lora_down.weight"
-_STALE = ("modelspec.hash_sha256", "lora_adapter_metadata")
+_STALE = ("modelspec.hash_sha256", PEFT_SETTINGS)
 """What is said of the tensors of the file that metadata is taken from, and not of others."""
 
 
