@@ -329,10 +329,13 @@ class LoraSession:
                 return plan, done
 
     def _back_to_base(self) -> None:
-        self._loras = []
-        self._report = SessionReport(mode=self._mode)
         self._hooks.clear()
-        self._patcher.restore()
+        try:
+            self._patcher.restore()
+        finally:
+            if not self._patcher.applied_key:  # else nothing could be done, and what was active still is
+                self._loras = []
+                self._report = SessionReport(mode=self._mode)
         self._tell(self.keymap.parameters)
 
     def _tell(self, layers: Sequence[LayerRef]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -136,7 +137,7 @@ class ModelPatcher:
         state.plan_key = ""
         with torch.no_grad():
             for key, constant in self._constants.items():
-                state.applied[key] = DIRTY
+                self._soil(key)
                 live = state.layers[key].live()
                 if patch := moving.patches.get(key):
                     numerics.fuse_layer(constant, patch.terms, live, self._workspace)
@@ -182,7 +183,7 @@ class ModelPatcher:
         state = self._state
         state.generation += bool(writes)
         for patch in writes:
-            state.applied[patch.layer.key] = DIRTY
+            self._soil(patch.layer.key)
             live = patch.layer.live()
             self._fuse(patch, live, compat)
             state.applied[patch.layer.key] = self._key(patch, compat)
@@ -224,15 +225,21 @@ class ModelPatcher:
         state.generation += bool(layers)
         state.plan_key = ""
         for layer in layers:
-            state.applied[layer.key] = DIRTY
+            self._soil(layer.key)
             state.store.restore(layer, layer.live())
             del state.applied[layer.key]
         self._mark(layers)
 
     def _mark(self, layers: Iterable[LayerRef]) -> None:
         layers = list(layers)
-        taken = samples([layer.live() for layer in layers])
-        self._state.samples.update(zip((layer.key for layer in layers), taken, strict=True))
+        with suppress(*OUT_OF_MEMORY):  # a restore must end; what has no sample is not compared
+            taken = samples([layer.live() for layer in layers])
+            self._state.samples.update(zip((layer.key for layer in layers), taken, strict=True))
+
+    def _soil(self, key: str) -> None:
+        """A layer is written next: until that is done, and sampled, nothing is known of it."""
+        self._state.applied[key] = DIRTY
+        self._state.samples.pop(key, None)
 
     def _refuse_overflow(self, writes: Sequence[LayerPatch], compat: Compat) -> None:
         """Prove that every weight stays finite; where the bounds do not prove it, compute and look."""
