@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lib_lora import __version__
-from lib_lora.cli import bench, convert_pickle, demo, doctor, generate, inspect, metadata, resize
+from lib_lora.cli import bench, convert_pickle, demo, doctor, generate, inspect, merge, metadata, resize
 from lib_lora.errors import PrefuseError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ COMMANDS = MappingProxyType(
         "demo": demo,
         "generate": generate,
         "inspect": inspect,
+        "merge": merge,
         "resize": resize,
         "metadata": metadata,
         "bench": bench,

@@ -31,7 +31,13 @@ ROOMS = (
 )
 """From left to right: a module may import what stands to its left, and its own room."""
 STRANGERS = ("modules", "gradio", "fastapi", "diffusers", "transformers", "accelerate")
-WEIGHT_WRITERS = {"core/patcher.py", "core/numerics.py", "core/webui_rounding.py", "core/base_store.py"}
+WEIGHT_WRITERS = {
+    "core/patcher.py",
+    "core/numerics.py",
+    "core/webui_rounding.py",
+    "core/kohya_rounding.py",
+    "core/base_store.py",
+}
 KERNEL = ("core/adapters/",)
 """They add their part to the sum that `numerics` gives them."""
 FILE_WRITERS = {"core/saving.py", "core/replacing.py"}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lib_lora.core.layers import LayerRef
 
-_FOLDERS = {
+COMPONENTS = {
     "unet": "unet",
     "text_encoder": "te1",
     "text_encoder_2": "te2",
@@ -32,13 +32,18 @@ def model_files(model: Path) -> list[Path]:
     Raises:
         ModelError: If there are none.
     """
-    folders = [model / name for name in _FOLDERS]
+    folders = [model / name for name in COMPONENTS]
     files = (
         [model] if model.is_file() else [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     )
     if not files:
         raise ModelError(f"{model} is no .safetensors checkpoint and no diffusers folder that holds such files")
     return files
+
+
+def component_of(file: Path) -> str | None:
+    """The component that a file of a diffusers folder holds, or None for a file of a whole model."""
+    return COMPONENTS.get(file.parent.name)
 
 
 def model_keymap(model: Path) -> KeyMap:
@@ -51,7 +56,7 @@ def model_keymap(model: Path) -> KeyMap:
     components: dict[str, dict[str, tuple[int, ...]]] = {}
     for file in model_files(model):
         shapes = {name: info.shape for name, info in map_checkpoint(file).header.tensors.items()}
-        if (component := _FOLDERS.get(file.parent.name)) is None:
+        if (component := component_of(file)) is None:
             return KeyMap.from_checkpoint(shapes)
         components.setdefault(component, {}).update(shapes)
     return KeyMap.from_components(components)
@@ -78,7 +83,7 @@ def layer_tensors(layers: Iterable[LayerRef], files: Sequence[Path]) -> dict[str
 def _layers_in(file: Path) -> Iterator[tuple[LayerRef, Tensor]]:
     tensors = map_checkpoint(file)
     shapes = {name: info.shape for name, info in tensors.header.tensors.items()}
-    component = _FOLDERS.get(file.parent.name)
+    component = component_of(file)
     keymap = KeyMap.from_components({component: shapes}) if component else KeyMap.from_checkpoint(shapes)
     for layer in keymap.parameters:
         yield layer, _rows(tensors, layer)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Progress: TypeAlias = "Callable[[int, int], None]"
     """Told how much of how much is done; what it raises ends the job, and nothing is left of it."""
 
+CHUNK_BYTES = 1 << 20
 VERIFIED_BYTES = 1 << 20
 MAX_NAME_BYTES = 255
 
@@ -175,6 +176,19 @@ def save_bytes(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = F
     """
     with replacing(Path(path), len(data), overwrite) as temp:
         temp.write(data)
+
+
+def copy_file(source: str | os.PathLike[str], path: str | os.PathLike[str], progress: Progress = no_progress) -> None:
+    """Write a file that is like another, byte for byte: whole or not at all.
+
+    Raises:
+        OutputError: As `save_tensors`, or if `source` can not be read.
+    """
+    size = Path(source).stat().st_size
+    with Path(source).open("rb") as file, replacing(Path(path), size, overwrite=False) as temp:
+        while chunk := file.read(CHUNK_BYTES):
+            temp.write(chunk)
+            progress(file.tell(), size)
 
 
 def _read_part(source: Path, identity: FileIdentity, part: Header) -> Tensor:

@@ -1,0 +1,72 @@
+"""``merge``: LoRAs become part of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib_lora.cli.output import bar, tell
+from lib_lora.errors import ModelError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from lib_lora.tools.given import GivenLora
+
+PRECISIONS = ("float", "fp16", "bf16")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help=".safetensors or .ckpt file, or diffusers folder")
+    loras = parser.add_mutually_exclusive_group(required=True)
+    loras.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:TE[:UNET]][:KEY=VALUE…]",
+        help="a LoRA file, its strengths and a tag's other arguments; may be repeated",
+    )
+    loras.add_argument("--prompt", help="tags such as <lora:ink:0.8:lbw=MIDD>, looked up in --lora-dir")
+    add("--lora-dir", type=Path, action="append", help="may be repeated (default: loras)")
+    add("--out", type=Path, required=True, help="file, or folder, to be")
+    add("--precision", choices=PRECISIONS, default="float", help="of the calculation; fp16 and bf16 round as kohya's")
+    add("--save-precision", choices=PRECISIONS, help="of the weights (default: as in the model)")
+    add("--device", default="cpu", help="where to calculate: cpu, cuda, cuda:1, mps")
+    add("--hash", action="store_true", help="put the model's SHA-256 into the recipe; it is read once more for that")
+    add("--force", action="store_true", help="replace an existing file")
+    add("--dry-run", action="store_true", help="check everything and write nothing")
+    add("--json", action="store_true")
+
+
+def run(arguments: argparse.Namespace, _: list[str]) -> None:
+    """Merge LoRAs into a checkpoint, as the prompt would have fused them."""
+    from lib_lora.tools.merge import merge_loras
+
+    with bar("merging") as progress:
+        report = merge_loras(
+            arguments.model,
+            _loras(arguments),
+            arguments.out,
+            precision=arguments.precision,
+            save_precision=arguments.save_precision,
+            device=arguments.device,
+            hashed=arguments.hash,
+            overwrite=arguments.force,
+            preview=arguments.dry_run,
+            progress=progress,
+        )
+    tell(report.to_dict(), str(report), as_json=arguments.json)
+
+
+def _loras(arguments: argparse.Namespace) -> list[GivenLora]:
+    from lib_lora.catalog import LoraCatalog
+    from lib_lora.tools.given import given_files, prompted_loras
+
+    if arguments.lora:
+        return given_files(arguments.lora)
+    folders = arguments.lora_dir or [Path("loras")]
+    missing = [folder for folder in folders if not folder.is_dir()]
+    if missing:
+        raise ModelError(f"There is no LoRA folder {missing[0]}.")
+    return prompted_loras(arguments.prompt, LoraCatalog(folders))
