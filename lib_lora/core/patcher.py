@@ -84,6 +84,8 @@ class ModelPatcher:
         """
         start = time.perf_counter()
         self._constants = {}
+        if not plan.patches and not self._state.applied:
+            return ApplyReport()  # the weights are the base, whoever wrote them
         for module in self._components.values():
             object.__setattr__(module, STATE_ATTRIBUTE, self._state)
         with torch.no_grad():
