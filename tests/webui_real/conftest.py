@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.webui_real.browser import MISSING as NO_BROWSER
+from tests.webui_real.make_controlnet import MISSING as NO_CONTROLNET
 from tests.webui_real.server import Answer, WebUI
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
-    for reason in (MISSING, NO_BROWSER):
+    for reason in (MISSING, NO_BROWSER, NO_CONTROLNET):
         if any(reason in str(report.longrepr) for report in skipped):
             terminalreporter.write_line(reason, yellow=True)
 
@@ -55,9 +56,11 @@ def make_webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
 
     started: list[WebUI] = []
 
-    def make(*flags: str, login: str = "") -> WebUI:
+    def make(*flags: str, login: str = "", prepare: Callable[[Path], None] | None = None) -> WebUI:
         data = tmp_path_factory.mktemp("webui")
         make_models(data)
+        if prepare is not None:
+            prepare(data)
         webui = WebUI(
             Path(os.environ["WEBUI_ROOT"]), os.environ.get("WEBUI_PYTHON", sys.executable), data, flags, login=login
         )
