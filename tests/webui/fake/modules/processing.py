@@ -97,6 +97,27 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
         self.cached_hr_uc = StableDiffusionProcessingTxt2Img.cached_hr_uc
         self.cached_hr_c = StableDiffusionProcessingTxt2Img.cached_hr_c
 
+    def calculate_hr_conds(self):
+        if self.hr_c is None:
+            caches, data = [self.cached_hr_c, self.cached_c], self.hr_extra_network_data
+            self.hr_c = self.get_conds_with_caching(
+                get_learned_conditioning, self.hr_prompts, self.steps, caches, data, self.steps
+            )
+
+    def setup_conds(self):
+        if self.is_hr_pass:  # by a refiner
+            self.hr_c = None
+            self.calculate_hr_conds()
+            return
+        super().setup_conds()
+        self.hr_c = None
+        if self.enable_hr and shared.sd_model.lowvram:  # while the text encoder is there
+            with devices.autocast():
+                extra_networks.activate(self, self.hr_extra_network_data)
+            self.calculate_hr_conds()
+            with devices.autocast():
+                extra_networks.activate(self, self.extra_network_data)
+
     def parse_extra_network_prompts(self):
         super().parse_extra_network_prompts()
         if self.enable_hr:
@@ -111,11 +132,8 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
         self.is_hr_pass = True
         with devices.autocast():
             extra_networks.activate(self, self.hr_extra_network_data)
-        caches, data = [self.cached_hr_c, self.cached_c], self.hr_extra_network_data
-        hr_c = self.get_conds_with_caching(
-            get_learned_conditioning, self.hr_prompts, self.steps, caches, data, self.steps
-        )
-        image = image + denoise(self, hr_c, hr_c)
+        self.calculate_hr_conds()
+        image = image + denoise(self, self.hr_c, self.hr_c)
         self.is_hr_pass = False
         return image
 

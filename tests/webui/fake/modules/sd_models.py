@@ -1,6 +1,7 @@
 """Checkpoints and models. A checkpoint is a state dict by title; a model is what `build` makes."""
 
 import threading
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from modules import extra_networks, script_callbacks, shared
 
 checkpoints = {}  # title -> (CheckpointInfo, state dict); filled by the tests
+checkpoints_loaded = OrderedDict()  # title -> state dict that is kept in memory
 build = None  # () -> model; set by the tests
 in_place = True  # whether another checkpoint is loaded into the model that is there
 
@@ -45,7 +47,14 @@ def select_checkpoint():
 
 
 def load_model_weights(model, checkpoint_info):
-    model.load_state_dict(checkpoints[checkpoint_info.name][1])
+    title = checkpoint_info.name
+    state_dict = checkpoints_loaded.get(title) or {key: one.clone() for key, one in checkpoints[title][1].items()}
+    if shared.opts.sd_checkpoint_cache > 0:
+        checkpoints_loaded[title] = state_dict.copy()
+        checkpoints_loaded.move_to_end(title)
+    while len(checkpoints_loaded) > shared.opts.sd_checkpoint_cache:
+        checkpoints_loaded.popitem(last=False)
+    model.load_state_dict(state_dict)
     model.sd_checkpoint_info = checkpoint_info
 
 

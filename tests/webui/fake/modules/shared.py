@@ -55,6 +55,7 @@ options_templates = {
     "lora_functional": OptionInfo(False),
     "extra_networks_default_multiplier": OptionInfo(1.0),
     "persistent_cond_cache": OptionInfo(True),
+    "sd_checkpoint_cache": OptionInfo(0),
     "sd_model_checkpoint": OptionInfo(None),
 }
 opts = Options(options_templates)
