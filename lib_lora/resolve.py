@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lib_lora.core.files import FileIdentity
 from lib_lora.core.naming import group_names
 from lib_lora.core.network import load_network
-from lib_lora.core.plan import Scale, make_plan, match_network
+from lib_lora.core.plan import FusePlan, Scale, make_plan, match_network
 from lib_lora.errors import PrefuseError
 from lib_lora.presets import PresetFiles
 from lib_lora.prompt.block_weights import BlockWeights
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lib_lora.core.keymap import KeyMap
     from lib_lora.core.layers import LayerRef
     from lib_lora.core.network import Network
-    from lib_lora.core.plan import Compat, FusePlan, Match
+    from lib_lora.core.plan import Compat, Match
     from lib_lora.prompt.tags import LoraRequest, ParsedPrompt
 
 IDLE_BYTES = 1 << 30
@@ -85,6 +85,7 @@ class Resolver:
         self._blocks = frozenset(layer.block for layer in keymap if layer.block)
         self._networks: OrderedDict[FileIdentity, Network] = OrderedDict()
         self._matches: dict[str, Match] = {}
+        self._planned: tuple[Compat, list[tuple[Match, Scale]], FusePlan] = ("exact", [], FusePlan({}))
 
     def resolve(self, parsed: ParsedPrompt) -> tuple[list[ResolvedLora], list[RefusedLora]]:
         """Find, read and match each LoRA; one's fault is not the others'. Bad tags are refused before them."""
@@ -109,6 +110,13 @@ class Resolver:
             weights = request.blocks.resolve(self._presets.read(), self._blocks)
         return ResolvedLora(request, entry, match, _scale(request, weights, match), weights)
 
+    def plan(self, loras: Sequence[ResolvedLora], compat: Compat) -> FusePlan:
+        """What LoRAs make of the model, as `plan_of`; the last plan is kept for a request that comes again."""
+        inputs = _plan_inputs(loras, compat)
+        if self._planned[:2] != (compat, inputs):
+            self._planned = compat, inputs, make_plan(inputs, compat)
+        return self._planned[2]
+
     def preview(self, parsed: ParsedPrompt, mode: str) -> SessionReport:
         """What a session would apply and refuse."""
         loras, refused = self.resolve(parsed)
@@ -132,6 +140,7 @@ class Resolver:
         """Forget all networks."""
         self._networks.clear()
         self._matches.clear()
+        self._planned = "exact", [], FusePlan({})
 
     def _match(self, entry: CatalogEntry, dyn: int | None) -> Match:
         network = self._networks.get(FileIdentity.of(entry.path))
@@ -147,12 +156,14 @@ class Resolver:
 
 
 def plan_of(loras: Sequence[ResolvedLora], compat: Compat) -> FusePlan:
-    """What the LoRAs of a request make of the model.
+    """What the LoRAs of a request make of the model."""
+    return make_plan(_plan_inputs(loras, compat), compat)
 
-    The WebUI gives one that is named twice its last strengths both times.
-    """
+
+def _plan_inputs(loras: Sequence[ResolvedLora], compat: Compat) -> list[tuple[Match, Scale]]:
+    """The WebUI gives a LoRA that is named twice its last strengths both times."""
     last = {lora.network.uid: lora.scale for lora in loras} if compat == "a1111" else {}
-    return make_plan([(lora.match, last.get(lora.network.uid, lora.scale)) for lora in loras], compat)
+    return [(lora.match, last.get(lora.network.uid, lora.scale)) for lora in loras]
 
 
 def _scale(request: LoraRequest, weights: BlockWeights, match: Match) -> Scale:

@@ -310,7 +310,7 @@ class LoraSession:
     def _apply(self, loras: list[ResolvedLora], refused: list[RefusedLora]) -> tuple[FusePlan, list[ApplyReport]]:
         """Plan and write. A LoRA that would overflow a weight leaves `loras`, and the rest is planned again."""
         while True:
-            plan = plan_of(loras, self._compat)
+            plan = self._resolver.plan(loras, self._compat)
             try:
                 parts = divide(plan, self._mode == "hook")
                 done = [
