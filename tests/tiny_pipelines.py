@@ -58,11 +58,16 @@ def make_tiny(family: str, folder: Path, seed: int = 0) -> TinyModel:
     shipped = Path(__file__).parents[1] / "lib_lora/hosts/standalone/configs" / family
     scheduler = json.loads((shipped / "scheduler/scheduler_config.json").read_text())
     _write_json(folder / "scheduler/scheduler_config.json", scheduler)
+    return TinyModel(family, parts, folder, original_tensors(family, parts))
+
+
+def original_tensors(family: str, parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The weights of a model as they are now, under their original names."""
     towers = {}
     for name, prefix in CLIP_PREFIXES[family].items():
         tower = parts[name]
         towers[prefix] = open_clip_tensors(tower_state(tower)) if (family, name) in OPEN_CLIP else clip_tensors(tower)
-    return TinyModel(family, parts, folder, ldm_tensors(parts["unet"], parts["vae"], towers))
+    return ldm_tensors(parts["unet"], parts["vae"], towers)
 
 
 def _unet(family: str) -> nn.Module:
