@@ -66,6 +66,19 @@ class StoredLayer(NamedTuple):
         """What a reader of the file makes of it."""
         return Factors(self.up, self.down, self.alpha.item() / self.rank)
 
+    def tensors(self, name: str, shape: Sequence[int]) -> dict[str, Tensor]:
+        """By kohya's keys.
+
+        Args:
+            name: What they begin with.
+            shape: Of the weight, (out, in) or (out, in, kh, kw).
+        """
+        return {
+            f"{name}.lora_up.weight": self.up.reshape(shape[0], self.rank, *(1,) * len(shape[2:])),
+            f"{name}.lora_down.weight": self.down.reshape(self.rank, *shape[1:]),
+            f"{name}.alpha": self.alpha,
+        }
+
 
 def exact_factors(adapter: WeightAdapter) -> Factors | None:
     """The factors of an update that is a product of thin matrices, or None if it is none.
