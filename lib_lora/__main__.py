@@ -10,7 +10,20 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lib_lora import __version__
-from lib_lora.cli import bench, convert_pickle, demo, doctor, generate, inspect, merge, metadata, resize
+from lib_lora.cli import (
+    bench,
+    combine,
+    convert,
+    convert_pickle,
+    demo,
+    doctor,
+    extract,
+    generate,
+    inspect,
+    merge,
+    metadata,
+    resize,
+)
 from lib_lora.errors import PrefuseError
 
 if TYPE_CHECKING:
@@ -26,7 +39,10 @@ COMMANDS = MappingProxyType(
         "generate": generate,
         "inspect": inspect,
         "merge": merge,
+        "extract": extract,
+        "combine": combine,
         "resize": resize,
+        "convert": convert,
         "metadata": metadata,
         "bench": bench,
         "doctor": doctor,
