@@ -33,9 +33,11 @@
         return [...new Set(entries.flatMap((entry) => entry.refused.map((one) => one.name)))].join(", ");
     }
 
-    // What the mouse over the line says: why something was refused, and remarks.
+    // What the mouse over the line says: block weights, why something was refused, and remarks.
     function details(entries) {
-        const lines = entries.flatMap((entry) => [...entry.refused.map((one) => one.reason), ...entry.notes]);
+        const weights = (entry) => entry.applied.filter((lora) => lora.weights).map((lora) => `${lora.name}: ${lora.weights}`);
+        const reasons = (entry) => entry.refused.map((one) => one.reason);
+        const lines = entries.flatMap((entry) => [...weights(entry), ...reasons(entry), ...entry.notes]);
         return [...new Set(lines)].join("\n");
     }
 

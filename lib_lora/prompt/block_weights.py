@@ -137,7 +137,7 @@ class BlockRequest:
             raise TagError(f"lbw, in, mid and out weigh no block of this model, for {have}")
         rules, looked_up = self._rules(presets)
         texts = [f"lbw={written}"] if written else []
-        texts += [f"lbwe={','.join(map(str, rules))}"] if rules else []
+        texts += [f"lbwe={','.join(rule.text for rule in rules)}"] if rules else []
         texts += [f"{third}={number_text(factor)}" for third, factor in self.thirds]
         return BlockWeights(factors, rest, rules, ":".join(texts), drawn or looked_up)
 

@@ -40,10 +40,6 @@ class Words:
         """Whether `name` is as asked."""
         return any(word in name for word in self.words) != self.negated
 
-    def __str__(self) -> str:
-        """As a rule spells them."""
-        return " ".join([*([_NOT] if self.negated else []), *self.words])
-
 
 @dataclass(frozen=True)
 class ElementRule:
@@ -53,11 +49,13 @@ class ElementRule:
         blocks: Which blocks.
         elements: Which layers of them.
         ratio: Their weight, instead of their block's.
+        text: As a tag spells it.
     """
 
     blocks: Words
     elements: Words
     ratio: float
+    text: str
 
     def fits(self, layer: str) -> bool:
         """Whether it acts on a layer.
@@ -66,10 +64,6 @@ class ElementRule:
             layer: Its name with ``_`` between the parts, and its block behind it.
         """
         return self.blocks.fit(layer) and self.elements.fit(layer)
-
-    def __str__(self) -> str:
-        """As a tag spells it."""
-        return SEPARATOR.join((str(self.blocks), str(self.elements), number_text(self.ratio)))
 
 
 def read_rules(text: str) -> tuple[ElementRule, ...]:
@@ -91,8 +85,10 @@ def _read_rule(rule: str) -> ElementRule:
     if len(fields) != 3:
         raise TagError(f"the rule {shorten(rule.strip())!r} of lbwe is not BLOCKS:ELEMENTS:RATIO; write IN05:attn2:0.5")
     blocks, elements = _words(fields[0]), _words(fields[1].replace(".", "_"))
-    spread = [block for word in blocks.words for block in _spread(word)]
-    return ElementRule(Words(tuple(spread), blocks.negated), elements, read_strength("the ratio of lbwe", fields[2]))
+    spread = tuple(block for word in blocks.words for block in _spread(word))
+    ratio = read_strength("the ratio of lbwe", fields[2])
+    text = SEPARATOR.join((*(" ".join(field.split()) for field in fields[:2]), number_text(ratio)))
+    return ElementRule(Words(spread, blocks.negated), elements, ratio, text)
 
 
 def _words(text: str) -> Words:

@@ -92,6 +92,18 @@ def test_a_lora_changes_the_picture_and_both_modes_draw_the_same(generate, tmp_p
     assert (pixels["fused"] - pixels["hooked"]).abs().max() <= 1
 
 
+def test_drawn_block_weights_are_in_the_infotext_as_a_tag_that_draws_the_same_picture(generate, tmp_path):
+    tag = f"<lora:ink:{STRENGTH_THAT_SHOWS}:lbw={'R,' * 16}R>"
+    pictures = []
+    for name in ("drawn", "written"):
+        code, stdout, _ = generate(f"abc {tag}", "--out", str(tmp_path / f"{name}.png"), "--json")
+        assert code == 0
+        pictures.append(Image.open(tmp_path / f"{name}.png").tobytes())
+        tag = json.loads(stdout)["parameters"].get("Lora resolved", tag)
+        assert "R" not in tag
+    assert pictures[0] == pictures[1]
+
+
 def test_a_lora_that_is_missing_is_told_and_not_in_the_infotext(generate, tmp_path):
     out = tmp_path / "a.png"
     code, stdout, _ = generate("abc <lora:nothing:1>", "--out", str(out))

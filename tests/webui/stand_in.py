@@ -79,6 +79,8 @@ class WebUI:
         )
         self.modules = SimpleNamespace(**{name: importlib.import_module(f"modules.{name}") for name in names})
         importlib.import_module("modules.cache").cache_dir = str(cache_dir)
+        paths = importlib.import_module("modules.paths_internal")
+        paths.data_path, paths.extensions_dir = str(cache_dir), str(cache_dir / "extensions")
         cmd_opts = self.modules.shared.cmd_opts
         cmd_opts.lora_dir, cmd_opts.lyco_dir_backcompat = str(lora_dir), str(lora_dir / "lycoris")
         self.modules.sd_models.build = lambda: copy.deepcopy(next(iter(templates.values())))

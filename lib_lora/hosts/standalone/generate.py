@@ -12,8 +12,11 @@ from lib_lora import __version__
 from lib_lora.errors import RequestError
 from lib_lora.hosts.standalone.infotext import Infotext
 from lib_lora.hosts.standalone.samplers import DEFAULT_SAMPLER, make_scheduler
+from lib_lora.prompt.tags import parse_prompt
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from PIL.Image import Image
 
     from lib_lora.hosts.standalone.loading import LoadedModel
@@ -96,11 +99,19 @@ def generate(
     pipe.scheduler = make_scheduler(request.sampler, loaded.scheduler)
     pipe.set_progress_bar_config(disable=not progress)
     seeds = range(request.seed, request.seed + request.count)
-    with session.lease(request.prompt) as report:
-        drawn = [(_draw(loaded, request, report.text, seed), seed) for seed in seeds]
-        names = [lora.name for lora in report.applied]
-        hashes = session.catalog.lora_hashes([session.catalog.find(name) for name in names], names)
-    return [GeneratedImage(image, _infotext(loaded, request, image, seed, hashes), report) for image, seed in drawn]
+    with session.lease():
+        return [_generate(loaded, session, request, seed) for seed in seeds]
+
+
+def _generate(loaded: LoadedModel, session: LoraSession, request: GenerateRequest, seed: int) -> GeneratedImage:
+    """One picture, with the LoRAs as its seed makes them."""
+    report = session.set(parse_prompt(request.prompt, seed))
+    image = _draw(loaded, request, report.text, seed)
+    names = [lora.name for lora in report.applied]
+    hashes = session.catalog.lora_hashes([session.catalog.find(name) for name in names], names)
+    resolved = " ".join(lora.tag for lora in report.applied if lora.says_more)
+    loras = {"Lora hashes": hashes, "Lora resolved": resolved}
+    return GeneratedImage(image, _infotext(loaded, request, image, seed, loras), report)
 
 
 def _draw(loaded: LoadedModel, request: GenerateRequest, text: str, seed: int) -> Image:
@@ -121,7 +132,9 @@ def _draw(loaded: LoadedModel, request: GenerateRequest, text: str, seed: int) -
     return loaded.pipe.numpy_to_pil(pixels)[0]
 
 
-def _infotext(loaded: LoadedModel, request: GenerateRequest, image: Image, seed: int, hashes: str) -> Infotext:
+def _infotext(
+    loaded: LoadedModel, request: GenerateRequest, image: Image, seed: int, loras: Mapping[str, str]
+) -> Infotext:
     parameters = {
         "Steps": f"{request.steps}",
         "Sampler": request.sampler,
@@ -130,7 +143,7 @@ def _infotext(loaded: LoadedModel, request: GenerateRequest, image: Image, seed:
         "Size": f"{image.width}x{image.height}",
         "Model hash": loaded.short_hash,
         "Model": loaded.name,
-        "Lora hashes": hashes,
+        **loras,
         "Version": f"Prefuse {__version__}",
     }
     filled = {key: value for key, value in parameters.items() if value}

@@ -55,7 +55,7 @@ class ActiveLoras:
             p: The generation.
             tags: Positional and named arguments of each tag.
         """
-        parsed = parse_arguments(tags)
+        parsed = parse_arguments(tags, _seed(p))
         settings = read_settings()
         setattr(p, REQUEST, parsed)
         self._apply(parsed, settings)
@@ -176,6 +176,12 @@ def _sifted(session: LoraSession, parsed: ParsedPrompt) -> ParsedPrompt:
         else:
             problems.append(TagProblem(request.name, f"{request.name} is not applied: {sentence(error)}"))
     return ParsedPrompt(parsed.text, tuple(good), tuple(problems))
+
+
+def _seed(p: Any) -> int:
+    """Seed of the first picture of this batch; the pass at a model's load has none."""
+    seeds = getattr(p, "seeds", None)
+    return int(seeds[0]) if seeds else 0
 
 
 def _refused(problem: TagProblem) -> RefusedLora:

@@ -31,6 +31,7 @@ class Applied(BaseModel):
     file: str
     te: float
     unet: float
+    weights: str = ""
     layers: int
     rank: int
     algorithm: str
@@ -71,9 +72,10 @@ class State(Report):
 
 
 class Prompt(BaseModel):
-    """A prompt with tags."""
+    """A prompt with tags; random block weights are drawn from the seed."""
 
     prompt: str = Field(default="", max_length=MOST_LETTERS)
+    seed: int = 0
 
 
 class Nothing(BaseModel):
@@ -123,7 +125,7 @@ class Api:
     def resolve(self, body: Prompt) -> Report:
         """What a prompt would apply to the model of the moment; nothing is changed."""
         session = self._loras().sessions.get(shared.sd_model, read_settings())
-        return Report(**_report(session.preview(parse_prompt(body.prompt))))
+        return Report(**_report(session.preview(parse_prompt(body.prompt, body.seed))))
 
     def catalog(self) -> Catalog:
         """All LoRA files."""
@@ -200,6 +202,7 @@ def _report(report: SessionReport) -> dict[str, Any]:
                 file=lora.path.name,
                 te=lora.te,
                 unet=lora.unet,
+                weights=lora.weights,
                 layers=lora.layers,
                 rank=lora.rank,
                 algorithm=lora.algorithm,

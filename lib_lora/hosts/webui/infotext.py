@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 HASHES_FIELD = "Lora hashes"
 FILES_FIELD = "Lora files"
+RESOLVED_FIELD = "Lora resolved"
+"""Tags with presets and drawn block weights written out, where they say more than those of the prompt."""
 STATUS_FIELD = "Prefuse"
 
 
@@ -46,6 +48,9 @@ def write_infotext(p: Any, report: SessionReport, hashes: Mapping[str, str], set
         _put(p, HASHES_FIELD, ", ".join(f"{name}: {value}" for name, value in p.lora_hashes.items()))
     renamed = {lora.name: lora.path.stem for lora in report.applied if lora.path.stem != lora.name}
     _put(p, FILES_FIELD, ", ".join(f"{infotext_name(name)}: {infotext_name(file)}" for name, file in renamed.items()))
+    known = p.extra_generation_params.get(RESOLVED_FIELD, "") if getattr(p, "is_hr_pass", False) else ""
+    resolved = [lora.tag for lora in report.applied if lora.says_more and lora.tag not in known]
+    _put(p, RESOLVED_FIELD, " ".join([known, *resolved]).strip())
     _put(p, COMPAT_FIELD, settings.compat if report.applied and settings.compat != "exact" else "")
 
 
@@ -74,7 +79,9 @@ def write_status(p: Any, report: SessionReport, part: str) -> None:
 def _status(report: SessionReport, part: str) -> dict[str, Any]:
     return {
         "pass": part,
-        "applied": [{"name": lora.name, "te": lora.te, "unet": lora.unet} for lora in report.applied],
+        "applied": [
+            {"name": lora.name, "te": lora.te, "unet": lora.unet, "weights": lora.weights} for lora in report.applied
+        ],
         "refused": [{"name": refused.name, "reason": refused.reason} for refused in report.refused],
         "notes": list(report.notes),
         "milliseconds": round(report.milliseconds, 1),

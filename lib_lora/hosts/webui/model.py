@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from modules import cache
+from modules import cache, paths_internal
 
 from lib_lora.catalog import LoraCatalog
 from lib_lora.hosts.webui.guard import attempt, logger
 from lib_lora.hosts.webui.loaded import checkpoint_file, lora_folders
+from lib_lora.presets import WEIGHTS_FILE, PresetFiles
 from lib_lora.session import LoraSession
 
 if TYPE_CHECKING:
@@ -49,10 +50,12 @@ class Sessions:
 
     Attributes:
         catalog: The LoRA folders of the built-in extension.
+        presets: Files with presets of block weights.
     """
 
     def __init__(self) -> None:
         self.catalog = LoraCatalog(lora_folders(), Path(cache.cache_dir) / INDEX)
+        self.presets = PresetFiles(_preset_folders())
         self._entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
 
     def known(self, sd_model: Any) -> LoraSession | None:
@@ -77,7 +80,7 @@ class Sessions:
             session = None
         if session is None:
             checkpoint = checkpoint_file(sd_model)
-            session = _new_session(sd_model, self.catalog, settings.store, checkpoint)
+            session = _new_session(sd_model, self, settings.store, checkpoint)
             loads: list[object] = []
             # The same checkpoint can be loaded anew, as when fp8 is switched on; no callback tells it from another VAE.
             unet = sd_model.model.diffusion_model
@@ -137,9 +140,16 @@ def components(sd_model: Any) -> dict[str, nn.Module]:
     return found | {"te1": getattr(encoder, "wrapped", encoder)}
 
 
-def _new_session(sd_model: Any, catalog: LoraCatalog, store: StoreKind, checkpoint: str) -> LoraSession:
+def _preset_folders() -> list[Path]:
+    """Beside the WebUI's settings, with the LoRAs, and in LoRA Block Weight, where that is installed."""
+    theirs = sorted(Path(paths_internal.extensions_dir).glob(f"*/scripts/{WEIGHTS_FILE}"))
+    return [*map(Path, (paths_internal.data_path, *lora_folders())), *(file.parent for file in theirs)]
+
+
+def _new_session(sd_model: Any, sessions: Sessions, store: StoreKind, checkpoint: str) -> LoraSession:
     usable = Path(checkpoint) if checkpoint.lower().endswith(".safetensors") and Path(checkpoint).is_file() else None
     if store == "checkpoint" and usable is None:
         logger.warning("Prefuse: base weights can only be read from a .safetensors checkpoint; they are copied")
         store = "auto"
-    return LoraSession(components(sd_model), catalog, store=store, checkpoint=usable)
+    options: dict[str, Any] = {"store": store, "checkpoint": usable, "presets": sessions.presets}
+    return LoraSession(components(sd_model), sessions.catalog, **options)

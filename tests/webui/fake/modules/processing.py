@@ -36,6 +36,7 @@ class StableDiffusionProcessing:
     iteration: int = field(default=0, init=False)
     all_prompts: list = field(default=None, init=False)
     prompts: list = field(default=None, init=False)
+    seeds: list = field(default=None, init=False)
     extra_network_data: dict = field(default=None, init=False)
 
     def __post_init__(self):
@@ -180,6 +181,7 @@ def process_images_inner(p):
             p.iteration = n
             sd_models.reload_model_weights()
             p.prompts = p.all_prompts[n * p.batch_size : (n + 1) * p.batch_size]
+            p.seeds = [p.seed + n * p.batch_size + index for index in range(len(p.prompts))]
             p.parse_extra_network_prompts()
             if not p.disable_extra_networks:
                 with devices.autocast():
