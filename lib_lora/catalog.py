@@ -119,6 +119,14 @@ class LoraCatalog:
                 raise UnknownLoraError(self._why_unknown(name))
             return entry
 
+    def tag_name(self, path: str | os.PathLike[str]) -> str:
+        """How a tag names the file at `path`; ``""`` if none can, or if it is not one of the folders'."""
+        real = os.path.realpath(path)
+        with self._lock:
+            if real not in self._entries:
+                self.refresh()
+            return self._entries[real].tag_name if real in self._entries else ""
+
     def data_hash(self, entry: CatalogEntry) -> str:
         """SHA-256 of the file's tensors in hex, as the WebUI knows it; ``""`` if the file can not be read.
 

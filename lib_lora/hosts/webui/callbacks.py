@@ -45,6 +45,7 @@ class Extension:
 
     def _start(self, app: Any) -> None:
         from lib_lora.hosts.webui.api import Api, add_routes
+        from lib_lora.hosts.webui.builtin import spell_writable_names
         from lib_lora.hosts.webui.conds import extend_cond_key
         from lib_lora.hosts.webui.extra_network import PrefuseNetwork
         from lib_lora.hosts.webui.takeover import TakeOver
@@ -54,6 +55,7 @@ class Extension:
             extend_cond_key(lambda p: () if self._active is None else self._active.cond_state(p))
             self._takeover.register(PrefuseNetwork(self._loras, self._takeover))
             add_routes(app, Api(self._loras, self._takeover))
+            spell_writable_names(self._tag_name)
 
     def _loras(self) -> ActiveLoras:
         """What does the work; made when it is first needed, for it brings forty modules of ours."""
@@ -74,9 +76,11 @@ class Extension:
             self._takeover.take()
 
     def _stop(self) -> None:
+        from lib_lora.hosts.webui.builtin import restore_names
         from lib_lora.hosts.webui.conds import restore_cond_key
 
         restore_cond_key()
+        restore_names()
         if self._active is not None:
             self._active.leave()
         if self._takeover is not None:
@@ -87,6 +91,10 @@ class Extension:
         """Names that tags of the X/Y/Z plot can have."""
         entries = self._loras().sessions.catalog.entries() if self._takeover is not None else ()
         return sorted(entry.tag_name for entry in entries if entry.tag_name)
+
+    def _tag_name(self, file: str) -> str:
+        """How our tags spell a file; the built-in extension's may not understand it."""
+        return self._loras().sessions.catalog.tag_name(file) if read_settings().enabled else ""
 
 
 def _guarded(what: str, action: Callable[[], None]) -> None:

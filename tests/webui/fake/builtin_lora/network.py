@@ -1,13 +1,26 @@
 """The built-in extension's files and loaded networks."""
 
+import json
 import os
+
+from modules import shared
 
 
 class NetworkOnDisk:
     def __init__(self, name, filename):
         self.name, self.filename = name, filename
-        self.alias = name
+        self.metadata = read_metadata(filename)
+        self.alias = self.metadata.get("ss_output_name", name)
         self.hash = self.shorthash = ""
+        self.set_hash(self.metadata.get("sshs_model_hash", ""))
+
+    def get_alias(self):
+        import networks
+
+        by_file = (
+            shared.opts.lora_preferred_name == "Filename" or self.alias.lower() in networks.forbidden_network_aliases
+        )
+        return self.name if by_file else self.alias
 
     def set_hash(self, v):
         import networks
@@ -29,4 +42,13 @@ class Network:
 
 
 def lora_files(folder):
-    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".safetensors"))
+    found = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+    return sorted(name for name in found if name.endswith(".safetensors"))
+
+
+def read_metadata(filename):
+    with open(filename, "rb") as file:
+        try:
+            return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
+        except ValueError:
+            return {}

@@ -9,16 +9,22 @@ from modules import shared
 originals = None
 extra_network_lora = None
 available_networks = {}
+forbidden_network_aliases = {}
 available_network_hash_lookup = {}
 loaded_networks = []
 
 
 def list_available_networks():
     available_networks.clear()
+    forbidden_network_aliases.clear()
     available_network_hash_lookup.clear()
+    aliases = set()
     for path in network.lora_files(shared.cmd_opts.lora_dir):
         name = os.path.splitext(os.path.basename(path))[0]
-        available_networks[name] = network.NetworkOnDisk(name, path)
+        entry = available_networks[name] = network.NetworkOnDisk(name, path)
+        if entry.alias in aliases:
+            forbidden_network_aliases[entry.alias.lower()] = 1
+        aliases.update((name, entry.alias))
 
 
 def load_networks(names, te_multipliers=None, unet_multipliers=None, dyn_dims=None):

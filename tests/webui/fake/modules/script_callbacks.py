@@ -41,3 +41,7 @@ def on_before_ui(callback, *, name=None):
 
 def on_script_unloaded(callback, *, name=None):
     callback_map["script_unloaded"].append(callback)
+
+
+def on_infotext_pasted(callback, *, name=None):
+    callback_map["infotext_pasted"].append(callback)

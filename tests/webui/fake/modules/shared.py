@@ -49,6 +49,7 @@ cmd_opts = SimpleNamespace(
 )
 options_templates = {
     "sd_lora": OptionInfo("None"),
+    "lora_preferred_name": OptionInfo("Alias from file"),
     "lora_add_hashes_to_infotext": OptionInfo(True),
     "lora_bundled_ti_to_infotext": OptionInfo(True),
     "lora_not_found_gradio_warning": OptionInfo(False),
