@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:
     """Merge LoRAs into a checkpoint, as the prompt would have fused them."""
+    # Between two products torch's threads have to wait for one that copies; by default they would spin meanwhile.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lib_lora.tools.merge import merge_loras
 
     with bar("merging") as progress:
