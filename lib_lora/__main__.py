@@ -23,6 +23,7 @@ from lib_lora.cli import (
     merge,
     metadata,
     resize,
+    split_dylora,
 )
 from lib_lora.errors import PrefuseError
 
@@ -42,6 +43,7 @@ COMMANDS = MappingProxyType(
         "extract": extract,
         "combine": combine,
         "resize": resize,
+        "split-dylora": split_dylora,
         "convert": convert,
         "metadata": metadata,
         "bench": bench,

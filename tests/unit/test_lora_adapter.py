@@ -98,6 +98,10 @@ def test_the_bound_is_one():
         ({"lora_up": torch.ones(8, 4), "lora_down": torch.ones(3, 8)}, r"up \(8, 4\) and down \(3, 8\)"),
         ({"lora_up": torch.ones(8, 0), "lora_down": torch.ones(0, 8)}, "rank 0"),
         ({"lora_up": torch.ones(8, 4, 3, 3), "lora_down": torch.ones(4, 8, 1, 1)}, "up has the shape"),
+        (
+            {"lora_up": torch.ones(8, 4), "lora_mid": torch.ones(4, 4, 1, 1), "lora_down": torch.ones(4, 8, 3, 3)},
+            r"mid \(4, 4, 1, 1\) and down \(4, 8, 3, 3\)",
+        ),
         ({"hada_w1_a": torch.ones(8, 4)}, "no known algorithm"),
         ({"lora_up": torch.ones(8, 4), "lora_down": torch.ones(4, 8), "hada_w1_a": torch.ones(8)}, "no known"),
         ({"lora_up": torch.ones(8, 4)}, "no known algorithm"),

@@ -50,8 +50,9 @@ class LoraAdapter(DenseAdapter):
     def __post_init__(self) -> None:
         if self.up.ndim != 2 or self.down.ndim not in (2, 4):
             raise AdapterError(f"up {tuple(self.up.shape)} and down {tuple(self.down.shape)} are no two matrices")
-        if self.core is not None and (self.core.ndim != 4 or self.core.shape[1] != self.down.shape[0]):
-            raise AdapterError(f"mid {tuple(self.core.shape)} and down {tuple(self.down.shape)} share no rank")
+        core = self.core
+        if core is not None and (core.ndim != 4 or self.down.ndim != 2 or core.shape[1] != self.down.shape[0]):
+            raise AdapterError(f"mid {tuple(core.shape)} and down {tuple(self.down.shape)} share no rank")
         inner = self.down if self.core is None else self.core
         if self.up.shape[1] != inner.shape[0]:
             raise AdapterError(f"up {tuple(self.up.shape)} and down {tuple(inner.shape)} share no rank")

@@ -1,0 +1,31 @@
+"""``split-dylora``: a DyLoRA becomes one LoRA for each rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib_lora.cli.output import bar, tell
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    add = parser.add_argument
+    add("--lora", type=Path, required=True, metavar="FILE", help="file that kohya's networks.dylora has trained")
+    add("--unit", type=int, required=True, help="ranks that were trained together")
+    add("--out", type=Path, required=True, metavar="FILE", help="NAME.safetensors makes NAME-0004.safetensors, …")
+    add("--force", action="store_true", help="replace existing files")
+    add("--json", action="store_true")
+
+
+def run(arguments: argparse.Namespace, _: list[str]) -> None:
+    """Split a DyLoRA into one LoRA for each of its ranks."""
+    from lib_lora.tools.dylora import split_dylora
+
+    given = arguments
+    with bar("split", unit=" files") as progress:
+        split = split_dylora(given.lora, given.out, given.unit, overwrite=given.force, progress=progress)
+    tell(split.to_dict(), str(split), as_json=given.json)
