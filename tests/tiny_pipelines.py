@@ -55,7 +55,7 @@ def make_tiny(family: str, folder: Path, seed: int = 0) -> TinyModel:
         config = part.config if name in ("unet", "vae") else part.config.to_dict()
         architectures = {} if name in ("unet", "vae") else {"architectures": [type(part).__name__]}
         _write_json(folder / name / "config.json", {**config, **architectures})
-    shipped = Path(__file__).parents[1] / "lib_lora/hosts/standalone/configs" / family
+    shipped = Path(__file__).parents[1] / "lib_lora/configs" / family
     scheduler = json.loads((shipped / "scheduler/scheduler_config.json").read_text())
     _write_json(folder / "scheduler/scheduler_config.json", scheduler)
     return TinyModel(family, parts, folder, original_tensors(family, parts))

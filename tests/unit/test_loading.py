@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from tiny_pipelines import CLIP_PREFIXES, make_tiny, write_folder, write_tokenizer
 
 import lib_lora.hosts.standalone.vocabulary as vocabulary_module
+from lib_lora.core.single_file import CONFIGS, FAMILIES, recognise
+from lib_lora.core.text_towers import tower_tensors
 from lib_lora.errors import ModelError, PrefuseError
 from lib_lora.hosts.standalone.checkpoints import load_single_file, probe_v_prediction
-from lib_lora.hosts.standalone.families import CONFIGS, FAMILIES, recognise
 from lib_lora.hosts.standalone.libraries import transformers_class
 from lib_lora.hosts.standalone.loading import load_pipeline
-from lib_lora.hosts.standalone.text_towers import tower_tensors
 from lib_lora.hosts.standalone.vocabulary import (
     MERGES,
     byte_symbols,

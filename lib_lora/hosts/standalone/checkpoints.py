@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lib_lora.core.files import MappedTensors, map_checkpoint
+from lib_lora.core.single_file import CONFIGS, UNET_PREFIX, VAE_PREFIX, Family, recognise
+from lib_lora.core.text_towers import tower_tensors
 from lib_lora.errors import ModelError
-from lib_lora.hosts.standalone.families import CONFIGS, UNET_PREFIX, VAE_PREFIX, Family, recognise
 from lib_lora.hosts.standalone.libraries import diffusers_class, dtype_option, transformers_class
-from lib_lora.hosts.standalone.text_towers import tower_tensors
 from lib_lora.hosts.standalone.vocabulary import clip_tokenizer
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from lib_lora.hosts.standalone.families import TextTower
+    from lib_lora.core.single_file import TextTower
 
 Prediction = Literal["epsilon", "v_prediction"]
 

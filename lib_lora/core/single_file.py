@@ -14,7 +14,7 @@ from lib_lora.errors import ModelError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 LATENT_CHANNELS = 4
