@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -26,6 +26,8 @@ SCRIPT = ROOT / "scripts" / "prefuse.py"
 OURS = "lib_lora.hosts.webui"
 THEIRS = ("modules", "networks", "network", "lora_patches", "lora_script", "gradio")
 MOST_TOKENS = 12
+SERVER = SimpleNamespace(Depends=lambda check: check, Header=str, HTTPException=Exception)
+"""Where the WebUI's server is not installed: what routes are made of. Their checks are tested with the real one."""
 
 
 class Model(nn.Module):
@@ -173,8 +175,12 @@ def imported() -> Iterator[None]:
     forward, load = nn.Linear.forward, nn.Linear._load_from_state_dict
     sys.path[:0] = [str(FAKE), str(FAKE / "builtin_lora")]
     _forget()
+    if "fastapi" not in sys.modules and importlib.util.find_spec("fastapi") is None:
+        sys.modules["fastapi"] = SERVER
     yield
     _forget()
+    if sys.modules.get("fastapi") is SERVER:
+        del sys.modules["fastapi"]
     del sys.path[:2]
     nn.Linear.forward, nn.Linear._load_from_state_dict = forward, load
 

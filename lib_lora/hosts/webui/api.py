@@ -157,12 +157,13 @@ def add_routes(app: Any, api: Api) -> None:
     """
     if not (shared.cmd_opts.api or shared.cmd_opts.nowebui):
         return
-    options = {"dependencies": _authentication(), "tags": ["prefuse"]}
-    app.add_api_route(f"{PREFIX}/state", api.state, methods=["GET"], response_model=State, **options)
-    app.add_api_route(f"{PREFIX}/resolve", api.resolve, methods=["POST"], response_model=Report, **options)
-    app.add_api_route(f"{PREFIX}/catalog", api.catalog, methods=["GET"], response_model=Catalog, **options)
-    app.add_api_route(f"{PREFIX}/rescan", api.rescan, methods=["POST"], response_model=Catalog, **options)
-    app.add_api_route(f"{PREFIX}/release", api.release, methods=["POST"], response_model=State, **options)
+    reads: dict[str, Any] = {"methods": ["GET"], "dependencies": _authentication(), "tags": ["prefuse"]}
+    asks = {**reads, "methods": ["POST"], "dependencies": [*reads["dependencies"], _json_alone()]}
+    app.add_api_route(f"{PREFIX}/state", api.state, response_model=State, **reads)
+    app.add_api_route(f"{PREFIX}/resolve", api.resolve, response_model=Report, **asks)
+    app.add_api_route(f"{PREFIX}/catalog", api.catalog, response_model=Catalog, **reads)
+    app.add_api_route(f"{PREFIX}/rescan", api.rescan, response_model=Catalog, **asks)
+    app.add_api_route(f"{PREFIX}/release", api.release, response_model=State, **asks)
 
 
 def known_passwords(text: str) -> dict[str, str]:
@@ -191,6 +192,19 @@ def _authentication() -> list[Any]:
             raise HTTPException(status_code=401, detail="Incorrect username or password", headers=headers)
 
     return [Depends(check)]
+
+
+def _json_alone() -> Any:
+    """Foreign pages can make a browser send forms, texts and bodies of no type; FastAPI takes the last for JSON."""
+    from fastapi import Depends, Header, HTTPException
+
+    given = Header("")
+
+    def check(content_type: Any = given) -> None:
+        if content_type.partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(status_code=422, detail="send JSON")
+
+    return Depends(check)
 
 
 def _report(report: SessionReport) -> dict[str, Any]:
