@@ -81,7 +81,7 @@ def test_the_built_ins_forwards_are_out_while_we_are_in_charge(webui):
     assert nn.Linear.forward is original
 
 
-def test_what_others_put_on_top_of_the_built_ins_forward_stays_and_nothing_is_listed(webui, expected):
+def test_what_others_put_on_top_of_the_built_ins_forward_stays_and_changes_nothing(webui, expected):
     beneath = nn.Linear.forward
 
     def on_top(self, *args):
@@ -90,9 +90,18 @@ def test_what_others_put_on_top_of_the_built_ins_forward_stays_and_nothing_is_li
     nn.Linear.forward = on_top
     assert torch.equal(webui.picture("a cat <lora:ink:0.8>"), expected([("ink", 0.8)], "a cat "))
     assert nn.Linear.forward is on_top
-    assert webui.networks.loaded_networks == []
     assert torch.equal(webui.picture("a cat"), expected([], "a cat"))
     nn.Linear.forward = beneath
+
+
+def test_a_forward_of_the_built_in_that_others_took_from_a_module_changes_nothing(webui, expected):
+    for module in webui.model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = module.forward
+    assert torch.equal(webui.picture("a cat <lora:ink:0.8>"), expected([("ink", 0.8)], "a cat "))
+    assert torch.equal(webui.picture("a cat"), expected([], "a cat"))
+    webui.set(prefuse_enabled=False)
+    assert not torch.equal(webui.picture("a cat <lora:ink:0.8>"), expected([], "a cat"))
 
 
 def test_the_setting_gives_the_tags_to_the_built_in_extension_and_back(webui, expected):

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 TAG = "lora"
 ALIAS = "lyco"
+OWNER = "prefuse"
+APPLY = "network_apply_weights"
+"""What the built-in extension's forwards call before torch's own."""
 
 
 class TakeOver:
@@ -55,6 +58,7 @@ class TakeOver:
             for sd_model in _models():
                 _restore_merged(networks, sd_model)
             networks.available_network_hash_lookup = UnambiguousHashes(networks.available_networks.values())
+            patches.patch(OWNER, networks, APPLY, _nothing)
         self.in_charge = True
         if networks is not None:
             _unpatch(networks)
@@ -67,6 +71,7 @@ class TakeOver:
         """
         networks = builtin_networks()
         if self.in_charge and networks is not None:
+            patches.undo(OWNER, networks, APPLY)
             networks.loaded_networks.clear()
             networks.available_network_hash_lookup = dict(networks.available_network_hash_lookup)
             if patch:
@@ -74,16 +79,10 @@ class TakeOver:
         self.in_charge = False
 
     def show(self, applied: Iterable[AppliedLora]) -> None:
-        """Tell extensions that read ``networks.loaded_networks`` what is applied.
-
-        Where the built-in's forwards could not be taken out (another extension stands on them), nothing is listed: they
-        would take our weights for theirs.
-        """
+        """Tell extensions that read ``networks.loaded_networks`` what is applied."""
         networks = builtin_networks()
-        if networks is None:
-            return
-        entries = [] if _applied_patches() else [_entry(networks, lora) for lora in applied]
-        networks.loaded_networks[:] = entries
+        if networks is not None:
+            networks.loaded_networks[:] = [_entry(networks, lora) for lora in applied]
 
 
 def _entry(networks: Any, lora: AppliedLora) -> Any:
@@ -117,17 +116,24 @@ def _applied_patches() -> dict[tuple[type, str], Any]:
 
 
 def _unpatch(networks: Any) -> None:
-    """Torch's own methods again, unless something else was put on top of the built-in's."""
-    applied = _applied_patches()
-    ours = (getattr(kind, method) is _replacement(networks, kind, method) for kind, method in applied)
+    """Torch's own methods again, unless something else was put on top of the built-in's.
+
+    A forward that another extension took from a module before, as ControlNet-LLLite does for good, is still the
+    built-in's and calls what it stands before: that stays known there.
+    """
+    applied = dict(_applied_patches())
+    ours = (getattr(kind, method) is getattr(networks, f"network_{_name(kind, method)}") for kind, method in applied)
     if applied and all(ours):
         networks.originals.undo()
+        for (kind, method), original in applied.items():
+            setattr(networks.originals, _name(kind, method), original)
         # Its own script undoes them once more when it is unloaded, which raises if there is nothing to undo.
         networks.originals.undo = _nothing
 
 
-def _replacement(networks: Any, kind: type, method: str) -> Any:
-    return getattr(networks, f"network_{kind.__name__}_{method.removeprefix('_').replace('load_from', 'load')}", None)
+def _name(kind: type, method: str) -> str:
+    """As the built-in extension calls the original."""
+    return f"{kind.__name__}_{method.removeprefix('_').replace('load_from', 'load')}"
 
 
 def _patch(networks: Any) -> None:
@@ -136,5 +142,5 @@ def _patch(networks: Any) -> None:
         networks.originals.__init__()
 
 
-def _nothing() -> None:
-    """What is left to undo."""
+def _nothing(*_: Any) -> None:
+    """What is left to undo and to apply."""
