@@ -23,6 +23,7 @@ from lib_lora.cli import (
     merge,
     metadata,
     resize,
+    resize_images,
     split_dylora,
 )
 from lib_lora.errors import PrefuseError
@@ -43,6 +44,7 @@ COMMANDS = MappingProxyType(
         "extract": extract,
         "combine": combine,
         "resize": resize,
+        "resize-images": resize_images,
         "split-dylora": split_dylora,
         "convert": convert,
         "metadata": metadata,
