@@ -7,10 +7,12 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from contextlib import contextmanager
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib_lora.core import replacing
+from lib_lora.core import large_writes, replacing
 from lib_lora.core.saving import LazyTensor, check_output, check_writable, output_path, save_bytes, save_tensors
 from lib_lora.errors import OutputError, UnsafePathError
 
@@ -27,13 +29,17 @@ OLD, NEW = {"old": torch.arange(5000.0)}, {"new": torch.arange(20_000.0), "more"
 KILLS = 100
 TWO_DAYS = 2 * 24 * 3600
 SLACK_KB = 12_000
+SMALL_BLOCK = 8192  # bytes; disks take multiples of their sectors only
 posix_only = pytest.mark.skipif(os.name == "nt", reason="Windows has no such files or limits")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the peak memory of a process is told by Linux only")
 
 
-@pytest.fixture
-def path(tmp_path) -> Path:
-    """An old file, alone in its folder."""
+@pytest.fixture(params=["small", "large"])
+def path(tmp_path, request, monkeypatch) -> Path:
+    """An old file, alone in its folder; files are written as small ones, or in blocks as large ones."""
+    if request.param == "large":
+        monkeypatch.setattr(replacing, "LARGE_BYTES", 1)
+        monkeypatch.setattr(large_writes, "BLOCK_BYTES", SMALL_BLOCK)
     folder = tmp_path / "out"
     folder.mkdir()
     save_tensors(folder / "lora.safetensors", OLD)
@@ -125,14 +131,60 @@ def test_an_interrupt_leaves_the_old_file_alone(path, monkeypatch, interrupt):
     assert snapshot(path.parent) == before
 
 
+def test_a_disk_that_fails_in_the_writing_thread_leaves_the_old_file_alone(path, monkeypatch):
+    monkeypatch.setattr(replacing, "LARGE_BYTES", 1)
+    monkeypatch.setattr(large_writes, "BLOCK_BYTES", SMALL_BLOCK)
+    before, write, calls = snapshot(path.parent), large_writes.write_all, []
+
+    def write_twice(file, data):
+        calls.append(len(data))
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(file, data)
+
+    monkeypatch.setattr(large_writes, "write_all", write_twice)
+    with pytest.raises(OutputError, match=os.strerror(errno.ENOSPC)):
+        save_tensors(path, NEW, overwrite=True)
+    assert calls == [SMALL_BLOCK] * 3
+    assert snapshot(path.parent) == before
+    assert not [thread for thread in threading.enumerate() if "prefuse-writer" in thread.name]
+
+
+@pytest.mark.parametrize("refused_at", ["open", "write"])
+def test_a_disk_that_can_not_be_written_past_its_cache_is_written_through_it(path, monkeypatch, refused_at):
+    monkeypatch.setattr(replacing, "LARGE_BYTES", 1)
+    monkeypatch.setattr(large_writes, "BLOCK_BYTES", SMALL_BLOCK)
+    bypass, some, refused = large_writes.bypass_cache, FileIO.write, []
+
+    def bypass_cache(file, *, wanted):
+        return False if wanted and refused_at == "open" else bypass(file, wanted=wanted)
+
+    class Refusing(FileIO):
+        def write(self, data):
+            if refused_at == "write" and not refused:
+                refused.append(len(data))
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return some(self, data)
+
+    monkeypatch.setattr(large_writes, "bypass_cache", bypass_cache)
+    monkeypatch.setattr(replacing, "FileIO", Refusing)
+    save_tensors(path, NEW, overwrite=True)
+    assert {name: tensor.tolist() for name, tensor in load_file(path).items()} == {
+        k: v.tolist() for k, v in NEW.items()
+    }
+    assert bool(refused) == (refused_at == "write")
+
+
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import torch
+from lib_lora.core import large_writes, replacing
 from lib_lora.core.saving import save_tensors
 
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+replacing.LARGE_BYTES, large_writes.BLOCK_BYTES = int(sys.argv[3]), 8192
 path = folder / "lora.safetensors"
 tables = [{str(i): torch.full((25_000,), float(10 * version + i)) for i in range(8)} for version in range(2)]
 contents = []
@@ -159,8 +211,9 @@ print(outcomes["old"], outcomes["new"], *sorted({name[:5] for name in os.listdir
 
 @pytest.mark.newest
 @posix_only
-def test_a_kill_at_any_time_leaves_the_old_or_the_new_file(tmp_path):
-    command = [sys.executable, "-c", KILLER, str(tmp_path), str(KILLS)]
+@pytest.mark.parametrize("large_bytes", [1, replacing.LARGE_BYTES], ids=["large", "small"])
+def test_a_kill_at_any_time_leaves_the_old_or_the_new_file(tmp_path, large_bytes):
+    command = [sys.executable, "-c", KILLER, str(tmp_path), str(KILLS), str(large_bytes)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr
     old, new, *names = done.stdout.split()

@@ -1,0 +1,346 @@
+"""Merging what does not fit, or on a disk that fails: one sentence, and the folder is as it was."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib_lora.__main__ import main
+from lib_lora.core.files import FileIdentity
+from lib_lora.errors import FileChangedError, OutputError
+from lib_lora.tools.given import given_files
+from lib_lora.tools.merge import merge_loras
+
+ROOT = Path(__file__).parents[2]
+HERE = ROOT / "tests" / "golden" / "sd1"
+BASE, LORA = HERE / "base.safetensors", HERE / "lora_A.safetensors"
+CANCELS, KILLS = 50, 20
+TO_K = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+KOHYA_TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+SDXL = "lora_unet_input_blocks_4_1_transformer_blocks_1"
+posix_only = pytest.mark.skipif(os.name == "nt", reason="Windows has no such files, limits or signals")
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    """A file to be, in a folder with another file."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "precious.txt").write_bytes(b"precious")
+    return folder / "merged.safetensors"
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(item.relative_to(folder)): item.read_bytes() if item.is_file() else None for item in folder.rglob("*")}
+
+
+def sd1(folder: Path, value: float = 1.0) -> Path:
+    """The least that is known for SD 1.x: a transformer whose layer of 768 columns reads the text."""
+    paths = (
+        "input_blocks.0.0",
+        "input_blocks.1.0.in_layers.2",
+        "input_blocks.1.1.proj_in",
+        "output_blocks.0.0.x",
+        TO_K,
+    )
+    names = [f"model.diffusion_model.{path}.weight" for path in (*others, TO_K)]
+    tensors = {name: torch.full((320, 768), value).half() for name in names}
+    save_file(tensors, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def lora(folder: Path, name: str = KOHYA_TO_K, rows: int = 320, columns: int = 768, value: float = 0.01, rank: int = 1):
+    tensors = {"lora_up.weight": torch.full((rows, rank), value), "lora_down.weight": torch.ones(rank, columns)}
+    save_file({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}, folder / "lora.safetensors")
+    return folder / "lora.safetensors"
+
+
+def written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def pickled_folder(folder: Path) -> Path:
+    for part in ("unet", "text_encoder"):
+        (folder / "model" / part).mkdir(parents=True)
+    shutil.copy(BASE, folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    (folder / "model" / "text_encoder" / "pytorch_model.bin").write_bytes(b"weights")
+    return folder / "model"
+
+
+MODELS = {
+    "missing": (lambda f: f / "none.safetensors", "no .safetensors checkpoint and no diffusers folder"),
+    "an empty folder": (lambda f: f, "no .safetensors checkpoint and no diffusers folder"),
+    "a LoRA": (lambda f: LORA, "lora_A.safetensors is no checkpoint"),
+    "a web page": (lambda f: written(f / "a.safetensors", b"<html>" * 9), "web page"),
+    "cut off": (lambda f: written(f / "a.safetensors", BASE.read_bytes()[:-7]), "incomplete"),
+    "a bad pickle": (lambda f: written(f / "a.ckpt", b"\x80\x02cos\nsystem\n."), "refused"),
+    "a folder of pickles": (pickled_folder, "model/text_encoder has no .safetensors weights"),
+    "NaN": (lambda f: sd1(f, float("nan")), "to_k.weight holds NaN or infinity"),
+}
+LORAS = {
+    "missing": (lambda f: "none.safetensors:0.8", "there is no LoRA file 'none.safetensors:0.8'"),
+    "a checkpoint": (lambda f: BASE, "none of its"),
+    "a web page": (lambda f: written(f / "a.safetensors", b"<html>" * 9), "web page"),
+    "another family": (
+        lambda f: lora(f, "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q"),
+        "made for SDXL",
+    ),
+    "no layer of the model": (lambda f: lora(f, "lora_unet_somewhere_else"), "none of its 1 layers exists"),
+    "another shape": (lambda f: lora(f, columns=640), r"\(320, 768\) here, \(320, 640\) in the LoRA"),
+    "rank 0": (lambda f: lora(f, rank=0), "none of its 0 layers exists"),
+    "NaN": (lambda f: lora(f, value=float("nan")), "1 of 1 layers hold NaN or infinity"),
+    "infinity": (lambda f: lora(f, value=float("inf")), "1 of 1 layers hold NaN or infinity"),
+    "too strong for fp16": (lambda f: lora(f, value=70_000.0), "attn2.to_k would overflow torch.float16"),
+    "no number": (lambda f: f"{lora(f)}:much", "te is 'much', not a number"),
+    "a huge number": (lambda f: f"{lora(f)}:1e999", "beyond the limits"),
+    "an unknown preset": (lambda f: f"{lora(f)}:1:lbw=NOSUCH", "NOSUCH"),
+}
+
+
+def refusal(capsys, model: Path, given: object, out: Path, *options: str) -> str:
+    """The sentence of a merge that is refused."""
+    code = main(["merge", "--model", str(model), "--lora", str(given), "--out", str(out), *options])
+    told = capsys.readouterr()
+    assert (code, told.out) == (1, "")
+    assert len(told.err.splitlines()) == 1
+    return told.err
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_that_is_none_is_refused(tmp_path, out, capsys, kind):
+    make, message = MODELS[kind]
+    given = lora(tmp_path) if kind == "NaN" else LORA
+    before, model = snapshot(out.parent), make(tmp_path / "out" if kind == "an empty folder" else tmp_path)
+    target = out.parent / "folder" if model.is_dir() else out
+    assert message in refusal(capsys, model, given, target)
+    assert snapshot(out.parent) == before
+
+
+@pytest.mark.parametrize("kind", LORAS)
+def test_a_lora_that_does_not_fit_is_refused(tmp_path, out, capsys, kind):
+    make, message = LORAS[kind]
+    before = snapshot(out.parent)
+    assert re.search(message, refusal(capsys, sd1(tmp_path), make(tmp_path), out))
+    assert snapshot(out.parent) == before
+
+
+def test_one_bad_lora_of_two_is_the_end_of_both(tmp_path, out, capsys):
+    model, good = sd1(tmp_path), lora(tmp_path)
+    message = refusal(capsys, model, good, out, "--lora", str(LORA))
+    assert message.startswith("lora_A: 2 of 2 layers have another shape")
+    assert list(out.parent.iterdir()) == [out.parent / "precious.txt"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a cat", "names no LoRA"),
+        ("<lora:nobody:1>", "no LoRA of the"),
+        ("<lora:lora_A:1> <lora:lora_B:x>", "not a number"),
+    ],
+)
+def test_a_prompt_that_can_not_be_merged_is_refused(out, capsys, prompt, message):
+    command = ["merge", "--model", str(BASE), "--prompt", prompt, "--lora-dir", str(HERE), "--out", str(out)]
+    assert main(command) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+# Where nothing can be written
+
+
+def linked(path: Path) -> Path:
+    path.symlink_to(path.with_name("precious.txt"))
+    return path
+
+
+def folder_at(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+OUTPUTS = {
+    "a link": (lambda f: linked(f / "a.safetensors"), "choose another name"),
+    "a folder": (lambda f: folder_at(f / "a.safetensors"), "choose another name"),
+    "in no folder": (lambda f: f / "none" / "a.safetensors", "the folder none can not be written to"),
+    "in a system's folder": (lambda _: Path("/proc/a.safetensors"), "the folder proc can not be written to"),
+    "of another kind": (lambda f: f / "a.ckpt", "is a .safetensors file"),
+    "the model": (lambda f: f / "model.safetensors", "is the model itself"),
+}
+
+
+@posix_only
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_an_output_that_can_not_be_is_told_before_the_work(out, capsys, monkeypatch, kind, force):
+    make, message = OUTPUTS[kind]
+    model = Path(shutil.copy(BASE, out.with_name("model.safetensors")))
+    target = make(out.parent)
+    monkeypatch.setattr("lib_lora.tools.merge.Resolver", None)  # nothing is read of the LoRA
+    before = snapshot(out.parent)
+    assert message in refusal(capsys, model, LORA, target, *(["--force"] if force else []))
+    assert snapshot(out.parent) == before
+
+
+@posix_only
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="the superuser writes everywhere")
+def test_a_folder_without_permission_is_told_before_the_work(out, capsys):
+    out.parent.chmod(0o555)
+    assert "the folder out can not be written to" in refusal(capsys, BASE, LORA, out)
+
+
+def test_an_older_file_is_replaced_only_if_asked_for(out, capsys):
+    out.write_bytes(b"older")
+    assert "exists already" in refusal(capsys, BASE, LORA, out)
+    assert out.read_bytes() == b"older"
+    assert main(["merge", "--model", str(BASE), "--lora", str(LORA), "--out", str(out), "--force"]) == 0
+    assert load_file(out).keys() == load_file(BASE).keys()
+
+
+def test_an_older_folder_is_never_replaced(tmp_path, out, capsys):
+    before = snapshot(out.parent)
+    message = refusal(capsys, diffusers_folder(tmp_path), LORA, out.parent, "--force")
+    assert "choose another name" in message
+    assert snapshot(out.parent) == before
+
+
+def test_a_full_disk_is_told_before_the_work(out, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2_000_000))
+    assert "needs 3 MB and the disk has 2 MB" in refusal(capsys, BASE, LORA, out)
+    assert not out.exists()
+
+
+def test_a_device_that_is_not_there_is_refused(out, capsys):
+    assert "device" in refusal(capsys, BASE, LORA, out, "--device", "nonsense")
+
+
+# What happens on the way
+
+
+def diffusers_folder(folder: Path) -> Path:
+    """The model as three files in diffusers' layout, with LDM's names, which are known there too."""
+    tensors = load_file(BASE)
+    prefixes = {"unet": "model.", "text_encoder": "cond_stage_model.", "vae": "first_stage_model."}
+    for part, prefix in prefixes.items():
+        (folder / "model" / part).mkdir(parents=True)
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        save_file(own, folder / "model" / part / "model.safetensors")
+    (folder / "model" / "model_index.json").write_bytes(b"{}")
+    return folder / "model"
+
+
+@posix_only
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_limit_reached_at_any_size_leaves_the_folder_alone(tmp_path, out, kind):
+    import resource
+
+    model, target = (BASE, out) if kind == "file" else (diffusers_folder(tmp_path), out.parent / "merged")
+    before, (soft, hard) = snapshot(out.parent), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 8, 50_000, *random.Random(0).sample(range(200_000, 1_000_000), 7)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            with pytest.raises(OutputError, match="File too large"):
+                merge_loras(model, given_files([str(LORA)]), target)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert snapshot(out.parent) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "pickle"])
+def test_a_cancel_at_any_time_leaves_the_folder_alone(tmp_path, out, kind):
+    model, target = BASE, out
+    if kind == "folder":
+        model, target = diffusers_folder(tmp_path), out.parent / "merged"
+    if kind == "pickle":
+        model = tmp_path / "model.ckpt"
+        torch.save(load_file(BASE), model)
+    before, calls = snapshot(out.parent), list[int]()
+    merge_loras(
+        model, given_files([str(LORA)]), tmp_path / f"whole{target.suffix}", progress=lambda *n: calls.append(n[0])
+    )
+    times = {"file": CANCELS, "folder": CANCELS // 5, "pickle": 1}[kind]
+    for last in random.Random(1).sample(calls, times):
+
+        def cancel(done, _, last=last):
+            if done >= last:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            merge_loras(model, given_files([str(LORA)]), target, progress=cancel)
+        assert snapshot(out.parent) == before
+
+
+def test_a_model_that_is_written_to_meanwhile_is_noticed(tmp_path, out):
+    model = Path(shutil.copy(BASE, tmp_path / "model.safetensors"))
+
+    def touch(done, total):
+        os.utime(model, ns=(1, FileIdentity.of(model).mtime_ns + 1))
+
+    with pytest.raises(FileChangedError, match=r"model\.safetensors is being written to"):
+        merge_loras(model, given_files([str(LORA)]), out, progress=touch)
+    assert not out.exists()
+
+
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from lib_lora.tools.given import given_files
+from lib_lora.tools.merge import merge_loras
+
+torch.set_num_threads(1)
+model, lora, target, kills = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+start = time.perf_counter()
+merge_loras(model, given_files([lora]), target.with_name("whole.safetensors"))
+duration, rng, outcomes = time.perf_counter() - start, random.Random(0), []
+for _ in range(kills):
+    child = os.fork()
+    if child == 0:
+        merge_loras(model, given_files([lora]), target)
+        os._exit(0)
+    time.sleep(rng.uniform(0, 1.5 * duration))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    outcomes.append(target.exists())
+    if target.is_file():
+        target.unlink()
+    elif target.exists():
+        target.rename(target.with_name(f"done {len(outcomes)}"))
+print(outcomes.count(False), outcomes.count(True))
+"""
+
+
+@pytest.mark.newest
+@posix_only
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_kill_at_any_time_leaves_all_or_nothing(tmp_path, out, kind):
+    model, target = (BASE, out) if kind == "file" else (diffusers_folder(tmp_path), out.parent / "merged")
+    command = [sys.executable, "-c", KILLER, str(model), str(LORA), str(target), str(KILLS)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    nothing, whole = map(int, done.stdout.split())
+    assert nothing > 0, "some kills are to come before the end"
+    assert nothing + whole == KILLS
+    for folder in out.parent.glob("done*"):
+        assert {file.name for file in folder.rglob("*.*")} == {"model.safetensors", "model_index.json"}
+        assert load_file(folder / "unet" / "model.safetensors").keys()
+
+
+def test_rests_of_killed_jobs_are_removed_after_a_day(out):
+    stale = out.parent / f".tmp-{'0' * 16}"
+    (stale / "unet").mkdir(parents=True)
+    (stale / "unet" / "model.safetensors").write_bytes(b"half")
+    os.utime(stale, (1, 1))
+    merge_loras(BASE, given_files([str(LORA)]), out)
+    assert not stale.exists()
