@@ -53,7 +53,7 @@ def sd1(folder: Path, value: float = 1.0) -> Path:
         "output_blocks.0.0.x",
         TO_K,
     )
-    names = [f"model.diffusion_model.{path}.weight" for path in (*others, TO_K)]
+    names = [f"model.diffusion_model.{path}.weight" for path in paths]
     tensors = {name: torch.full((320, 768), value).half() for name in names}
     save_file(tensors, folder / "model.safetensors")
     return folder / "model.safetensors"
