@@ -122,8 +122,9 @@ def stacked(terms: Sequence[tuple[Factors, float]]) -> Factors:
     """
     wide = any(max(low.up.element_size(), low.down.element_size()) > 2 for low, _ in terms)
     dtype = torch.float64 if wide else torch.float32
-    up = torch.cat([low.up.to(dtype) * (low.scale * factor) for low, factor in terms], 1)
-    return Factors(up, torch.cat([low.down.to(dtype) for low, _ in terms]), 1.0)
+    ups = [low.up.to(dtype) * (low.scale * factor) for low, factor in terms]
+    downs = [low.down.to(dtype) for low, _ in terms]
+    return Factors(torch.cat(ups, 1), torch.cat(downs), 1.0) if len(terms) > 1 else Factors(ups[0], downs[0], 1.0)
 
 
 def truncated(factors: Factors, rank_of: Callable[[Tensor], int]) -> Truncation:

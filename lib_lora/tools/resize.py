@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from lib_lora.core.adapters import Factors
 from lib_lora.core.adapters.lora import LoraAdapter
 from lib_lora.core.files import read_lora_file
-from lib_lora.core.naming import BIAS, split_key
+from lib_lora.core.naming import BIAS, PIPELINE_PARTS, split_key
 from lib_lora.core.network import network_from_file
 from lib_lora.core.norms import factors_norm
+from lib_lora.core.peft_settings import PEFT_SETTINGS, Rank, peft_settings
 from lib_lora.core.saving import check_output, no_progress, save_tensors
 from lib_lora.errors import AdapterError, JobError
 from lib_lora.tools.factored import (
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from lib_lora.core.saving import Progress
     from lib_lora.tools.ranks import RankRule
 
-PEFT_SETTINGS = "lora_adapter_metadata"
+_PEFT_UP = ".lora_B.weight"
 _FOLDED = ("lora_mid", "scale")
 """Tucker's core is folded into `down`, a scale of its own into alpha or `up`."""
 _SCALES = {"alpha", "scale"}
@@ -106,7 +107,7 @@ def resize(
         outcomes.append(outcome)
         progress(done, len(layers))
     said = dict(file.metadata) | {"ss_training_comment": _comment(file, rule, network)}
-    metadata = lora_metadata(tensors, said, family=network.base_model, title=out.stem)
+    metadata = lora_metadata(tensors, said, family=network.base_model, title=out.stem) | _settings(layers, outcomes)
     save_tensors(out, tensors, metadata, overwrite=overwrite)
     dtypes = dtype_name(tensors[layer.keys["lora_up"]].dtype for layer in layers)
     return LoraOutcome(out, out.stat().st_size, network.base_model.value, dtypes, tuple(outcomes), notes)
@@ -137,6 +138,16 @@ def _notes(file: LoraFile, network: Network, layers: Sequence[_Layer]) -> tuple[
     if others and PEFT_SETTINGS in file.metadata:
         raise JobError(f"{name} mixes LoRA with {len(others)} other layers, of which PEFT's settings give the scale")
     return (f"{len(others)} layers have no LoRA factors and were kept as they are",) if others else ()
+
+
+def _settings(layers: Sequence[_Layer], outcomes: Sequence[LayerOutcome]) -> dict[str, str]:
+    """PEFT's settings for a file of diffusers: every alpha is the rank, for what it said is folded into `up`."""
+    names = [layer.keys["lora_up"].removesuffix(_PEFT_UP) for layer in layers if "alpha" not in layer.keys]
+    parts = {name.partition(".")[0] for name in names}
+    if len(names) < len(layers) or not parts <= set(PIPELINE_PARTS.values()):
+        return {}
+    ranks = [Rank(outcome.rank, float(outcome.rank)) for outcome in outcomes]
+    return {PEFT_SETTINGS: peft_settings(dict(zip(names, ranks, strict=True)))}
 
 
 def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

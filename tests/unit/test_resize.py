@@ -142,6 +142,23 @@ def test_a_file_of_peft_stays_one_and_its_settings_are_folded_in(tmp_path):
     assert torch.equal(before[bias].delta_weight(torch.empty(24)), after[bias].delta_weight(torch.empty(24)))
 
 
+def test_diffusers_is_told_ranks_that_differ_and_that_each_is_its_alpha(tmp_path):
+    """It takes one alpha for all layers where the header says nothing."""
+    layers = [f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_{letter}" for letter in "qkv"]
+    tensors: dict[str, torch.Tensor] = {}
+    for number, layer in enumerate(layers, 1):
+        values = torch.diag(torch.tensor([4.0] * number + [1.0] * (8 - number)))
+        tensors |= {f"{layer}.lora_A.weight": values, f"{layer}.lora_B.weight": torch.eye(8)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", RankRule(8, dynamic="sv_ratio", parameter=2))
+    settings = json.loads(load_network(tmp_path / "b.safetensors").metadata["lora_adapter_metadata"])
+    usual, special = settings["unet.r"], settings["unet.rank_pattern"]
+    told = [special.get(layer.removeprefix("unet."), usual) for layer in layers]
+    assert told == [1, 2, 3]
+    usual, special = settings["unet.lora_alpha"], settings["unet.alpha_pattern"]
+    assert [special.get(layer.removeprefix("unet."), usual) for layer in layers] == told
+
+
 def test_a_core_and_a_scale_are_folded_in(tmp_path):
     generator = torch.Generator().manual_seed(0)
     shapes = {"lora_up.weight": (24, 4), "lora_down.weight": (4, 8), "lora_mid.weight": (4, 4, 3, 3)}
