@@ -135,6 +135,22 @@ def test_others_read_what_is_applied(webui):
     assert webui.networks.loaded_networks == []
 
 
+def test_strengths_that_another_extension_writes_while_it_draws_change_nothing_and_are_told(webui, monkeypatch):
+    drawn = webui.picture("a cat <lora:ink:0.8><lora:wash:0.5>")
+    denoise = webui.modules.processing.denoise
+
+    def schedule(p, c, uc):
+        webui.networks.loaded_networks[0].unet_multiplier = 0.1
+        return denoise(p, c, uc)
+
+    monkeypatch.setattr(webui.modules.processing, "denoise", schedule)
+    done = webui.generate("a cat <lora:ink:0.8><lora:wash:0.5>")
+    assert torch.equal(done.images[0], drawn)
+    assert "another extension changed the strengths of ink while" in done.comments
+    monkeypatch.undo()
+    assert webui.generate("a cat <lora:ink:0.8><lora:wash:0.5>").comments == ""
+
+
 def test_a_model_that_is_loaded_first_meets_no_lora(webui):
     assert webui.modules.sd_models.model_data.sd_model is None
     base = stand_in.digest(*webui.templates["first"].parts().values())

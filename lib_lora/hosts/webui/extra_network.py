@@ -51,8 +51,18 @@ class PrefuseNetwork(extra_networks.ExtraNetwork):
 
     def deactivate(self, p: Any) -> None:
         """The end of a generation. What is applied stays: the next `activate` compares and changes what differs."""
-        if not self._takeover.in_charge and self._takeover.fallback is not None:
+        if self._takeover.in_charge:
+            attempt("looking for changed strengths", lambda: self._tell_of_changes(p))
+        elif self._takeover.fallback is not None:
             self._takeover.fallback.deactivate(p)
+
+    def _tell_of_changes(self, p: Any) -> None:
+        if changed := self._takeover.changed_by_others():
+            tell(
+                p,
+                f"another extension changed the strengths of {', '.join(changed)} while the picture was made; that has "
+                "no effect with Prefuse: write them in the tags, or switch Prefuse off in the settings",
+            )
 
     def _activate(self, p: Any, params_list: list[Any]) -> None:
         self._takeover.take()

@@ -36,6 +36,7 @@ class TakeOver:
     def __init__(self) -> None:
         self.fallback: Any = None
         self.in_charge = False
+        self._shown: list[tuple[Any, AppliedLora]] = []
 
     def register(self, network: Any) -> None:
         """Put `network` in the place of the built-in one; once, however often it is called."""
@@ -82,7 +83,16 @@ class TakeOver:
         """Tell extensions that read ``networks.loaded_networks`` what is applied."""
         networks = builtin_networks()
         if networks is not None:
-            networks.loaded_networks[:] = [_entry(networks, lora) for lora in applied]
+            self._shown = [(_entry(networks, lora), lora) for lora in applied]
+            networks.loaded_networks[:] = [entry for entry, _ in self._shown]
+
+    def changed_by_others(self) -> list[str]:
+        """Names of LoRAs whose listed strengths another extension has changed since, which has no effect."""
+        return [
+            lora.name
+            for entry, lora in self._shown
+            if (entry.te_multiplier, entry.unet_multiplier) != (lora.te, lora.unet)
+        ]
 
 
 def _entry(networks: Any, lora: AppliedLora) -> Any:
