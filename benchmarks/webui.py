@@ -34,6 +34,7 @@ TEXT = "a photo of a red house"
 SIZE = {"width": 64, "height": 64}
 COUNTS = (1, 2, 5)
 STEPS, MORE_STEPS = 2, 22
+CHANNELS = 64
 THIRD = 1 / 3
 NOISE = 1.05
 """Step times that differ by less are the same."""
@@ -61,14 +62,16 @@ OURS = Side("ours", {"prefuse_enabled": True, "prefuse_cache_mb": 1024})
 ANEW = Side("ours, prefuse_cache_mb = 0", {"prefuse_enabled": True, "prefuse_cache_mb": 0})
 FIRST = Side("ours, first LoRA of the model", {"prefuse_enabled": True, "prefuse_cache_mb": 1024}, forget=True)
 SIDES = (BUILTIN, KEPT, OURS, ANEW, FIRST)
-ACTIONS = ("added", "same again", "one strength changed", "removed")
+CHANGES = ("added", "one strength changed")
+ACTIONS = (*CHANGES, "same again", "removed")
 
 
 class Bench:
     """Requests to one WebUI, as cases that `take_turns` times."""
 
-    def __init__(self, webui: WebUI) -> None:
+    def __init__(self, webui: WebUI, sides: Sequence[Side] = SIDES, actions: Sequence[str] = ACTIONS) -> None:
         self.webui = webui
+        self.sides, self.actions = sides, actions
         self._fresh = itertools.count()
 
     def draw(self, prompt: str, steps: int = STEPS) -> None:
@@ -100,10 +103,11 @@ class Bench:
 
     def cases(self) -> dict[tuple[str, int, str], Case]:
         """Side, number of LoRAs and action → what is timed."""
-        return {case[:3]: Case(" ".join(map(str, case[:3])), *case[3:]) for case in self._cases()}
+        kept = (case for case in self._cases() if case[1] == 0 or case[2] in self.actions)
+        return {case[:3]: Case(" ".join(map(str, case[:3])), *case[3:]) for case in kept}
 
     def _cases(self) -> Iterator[tuple[str, int, str, Callable[[], object], Callable[[], object]]]:
-        for side in SIDES:
+        for side in self.sides:
             still = partial(self.prepare, side, TEXT, TEXT)
             yield side.name, 0, "same again", partial(self.draw, TEXT), still
             if side in (BUILTIN, OURS):
@@ -137,16 +141,17 @@ def tagged(count: int, last: float = 0.5) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.webui", description=__doc__.splitlines()[0])
-    parser.add_argument("--channels", type=int, default=64, help="width of the UNet's first level (SD1: 320)")
+    parser.add_argument("--channels", type=int, default=CHANNELS, help="width of the UNet's first level (SD1: 320)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--step-rounds", type=int, default=9)
+    parser.add_argument("--brief", action="store_true", help="both sides' defaults alone, for wide models")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(argv)
     if "WEBUI_ROOT" not in os.environ:
         parser.error("set WEBUI_ROOT to the folder of a WebUI v1.10.1, WEBUI_PYTHON to its interpreter")
     python = os.environ.get("WEBUI_PYTHON", sys.executable)
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-    report = Report("webui", _options(given), "fp32", versions=_versions(python), file="webui")
+    report = Report("webui", _options(given), "fp32", versions=_versions(python), file=_stem(given.channels))
     with tempfile.TemporaryDirectory(prefix="prefuse-bench-") as folder:
         make_models(Path(folder), channels=given.channels)
         webui = WebUI(Path(os.environ["WEBUI_ROOT"]), python, Path(folder))
@@ -154,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             webui.start()
             webui.options(samples_save=False)
-            bench = Bench(webui)
+            bench = Bench(webui, *((BUILTIN, OURS), CHANGES) if given.brief else (SIDES, ACTIONS))
             measure_changes(bench, report, given.rounds)
             measure_steps(bench, report, given.step_rounds)
         finally:
@@ -167,10 +172,10 @@ def measure_changes(bench: Bench, report: Report, rounds: int) -> None:
     """LoRAs that enter, change and leave."""
     cases = bench.cases()
     take_turns(list(cases.values()), rounds, bench)
-    columns = ("LoRAs", "request", *(side.name for side in SIDES))
+    columns = ("LoRAs", "request", *(side.name for side in bench.sides))
     rows = []
-    for count, action in [(0, "same again"), (0, "other text"), *itertools.product(COUNTS, ACTIONS)]:
-        cells = [cases.get((side.name, count, action)) for side in SIDES]
+    for count, action in [(0, "same again"), (0, "other text"), *itertools.product(COUNTS, bench.actions)]:
+        cells = [cases.get((side.name, count, action)) for side in bench.sides]
         rows.append((str(count), action, *("" if case is None else seconds(case.busy) for case in cells)))
     notes = (
         f"{STEPS} steps of Euler a, {SIZE['width']}x{SIZE['height']}, CFG 7; medians of {rounds} rounds",
@@ -178,7 +183,7 @@ def measure_changes(bench: Bench, report: Report, rounds: int) -> None:
         "lora_in_memory_limit is 0 by default, prefuse_cache_mb is 1024; with 0, both read the files again",
     )
     report.add(Table("CPU time of a whole request", columns, rows, notes))
-    report.add(_extra_table(cases), [*_extra_claims(cases)])
+    report.add(_extra_table(cases, bench), [*_extra_claims(cases)])
 
 
 def _extra(cases: dict[tuple[str, int, str], Case], side: Side, count: int, action: str) -> list[float]:
@@ -187,15 +192,15 @@ def _extra(cases: dict[tuple[str, int, str], Case], side: Side, count: int, acti
     return [one.busy - other.busy for one, other in zip(cases[side.name, count, action].samples, still, strict=True)]
 
 
-def _extra_table(cases: dict[tuple[str, int, str], Case]) -> Table:
+def _extra_table(cases: dict[tuple[str, int, str], Case], bench: Bench) -> Table:
     rows = []
-    for count, action in itertools.product(COUNTS, ("added", "one strength changed", "removed")):
-        sides = [side for side in SIDES if (side.name, count, action) in cases]
+    for count, action in itertools.product(COUNTS, (action for action in bench.actions if action != "same again")):
+        sides = [side for side in bench.sides if (side.name, count, action) in cases]
         median = {side.name: statistics.median(_extra(cases, side, count, action)) for side in sides}
         times = median[BUILTIN.name] / median[OURS.name]
-        cells = (seconds(median[side.name]) if side in sides else "" for side in SIDES)
+        cells = (seconds(median[side.name]) if side in sides else "" for side in bench.sides)
         rows.append((str(count), action, *cells, f"{times:.1f}"))
-    columns = ("LoRAs", "request", *(side.name for side in SIDES), "ours is faster by")
+    columns = ("LoRAs", "request", *(side.name for side in bench.sides), "ours is faster by")
     notes = ("more than a request without LoRAs that changes nothing; includes the text's encoding",)
     return Table("Extra CPU time", columns, rows, notes)
 
@@ -205,7 +210,7 @@ def _extra_claims(cases: dict[tuple[str, int, str], Case]) -> Iterator[Claim]:
         ours, theirs = (_extra(cases, side, count, action) for side in (OURS, BUILTIN))
         part = spread([own / statistics.median(theirs) for own in ours])
         yield Claim(f"{count} LoRAs, {action}: extra CPU / built-in's", part.median, THIRD, detail=part.range)
-    for count in COUNTS:
+    for count in COUNTS if (ANEW.name, 1, "added") in cases else ():
         ours, theirs = _extra(cases, ANEW, count, "added"), _extra(cases, BUILTIN, count, "added")
         part = spread([own / statistics.median(theirs) for own in ours])
         yield Claim(
@@ -235,6 +240,10 @@ def _step_claims(step: dict[tuple[str, int], list[float]]) -> Iterator[Claim]:
     for name, key in names.items():
         part = spread([own / other for own, other in zip(step[OURS.name, 5], step[key], strict=True)])
         yield Claim(name, part.median, NOISE, detail=part.range)
+
+
+def _stem(channels: int) -> str:
+    return "webui" if channels == CHANNELS else f"webui-{channels}"
 
 
 def _options(given: argparse.Namespace) -> Options:
