@@ -83,6 +83,7 @@ def combine(
     check_output(out, overwrite=overwrite)
     gathered = gather(loras)
     dtype = dtype or gathered.dtype
+    check_output(out, dtype.itemsize * sum(_numbers(layer, rule) for layer in gathered.layers), overwrite=overwrite)
     tensors: dict[str, Tensor] = {}
     outcomes: list[LayerOutcome] = []
     for done, layer in enumerate(gathered.layers, 1):
@@ -94,6 +95,11 @@ def combine(
     save_tensors(out, tensors, metadata, overwrite=overwrite)
     notes = gathered.notes() + ((ADD_NOTE,) if method == "add" else ())
     return LoraOutcome(out, out.stat().st_size, gathered.family.value, dtype_name([dtype]), tuple(outcomes), notes)
+
+
+def _numbers(layer: SharedLayer, rule: RankRule | None) -> int:
+    """About how many the factors of a layer will have."""
+    return sum(layer.sides) * (min(rule.largest(layer.shape), layer.rank) if rule else layer.rank)
 
 
 def _combined(
@@ -113,8 +119,8 @@ def _combined(
         check_finite(layer.key, kept)
     except AdapterError as error:
         raise AdapterError(f"layer {layer.key}: {error}") from error
-    error, before = math.hypot(made.lost, distance(low, kept.factors())), sum(term.adapter.rank for term in layer.terms)
-    return kept.tensors(layer.key, layer.shape), LayerOutcome(layer.key, before, kept.rank, made.norm, error)
+    error = math.hypot(made.lost, distance(low, kept.factors()))
+    return kept.tensors(layer.key, layer.shape), LayerOutcome(layer.key, layer.rank, kept.rank, made.norm, error)
 
 
 def _concat(layer: SharedLayer) -> Truncation:
@@ -133,17 +139,13 @@ def _thin_factors(term: LayerTerm) -> Factors:
 def _svd(layer: SharedLayer, rule: RankRule) -> Truncation:
     """The best approximation of Σ strength · ΔW: from thin factors where all have some, else from ΔW itself."""
     terms = [(low, term.factor) for term in layer.terms if (low := exact_factors(term.adapter))]
-    if len(terms) == len(layer.terms) and sum(low.up.shape[1] for low, _ in terms) <= min(_sides(layer)):
+    if len(terms) == len(layer.terms) and sum(low.up.shape[1] for low, _ in terms) <= min(layer.sides):
         return truncated(stacked(terms), lambda values: rule.of(values, layer.shape))
-    whole = torch.zeros(_sides(layer))
+    whole = torch.zeros(layer.sides)
     for term in layer.terms:
         whole += term.factor * matrix(term.adapter.delta_weight(torch.empty(()).expand(layer.shape)))
     low = truncated_dense(whole, rule.largest(layer.shape))
     return Truncation(low, norm(whole), norm(whole - low.up @ low.down))
-
-
-def _sides(layer: SharedLayer) -> tuple[int, int]:
-    return layer.shape[0], math.prod(layer.shape[1:])
 
 
 def _add(layer: SharedLayer) -> tuple[Truncation, float]:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from lib_lora.core.blocks import OUTSIDE
 from lib_lora.core.files import read_lora_file
 from lib_lora.core.lora_names import FAMILIES, dotted_name, kohya_name
 from lib_lora.core.models import BaseModel
@@ -62,6 +63,16 @@ class SharedLayer:
     shape: tuple[int, ...]
     terms: tuple[LayerTerm, ...]
 
+    @property
+    def rank(self) -> int:
+        """Sum of the ranks."""
+        return sum(term.adapter.rank for term in self.terms)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(out, in·kh·kw)."""
+        return self.shape[0], math.prod(self.shape[1:])
+
 
 @dataclass(frozen=True)
 class GatheredLoras:
@@ -112,8 +123,9 @@ def gather(loras: Sequence[GivenLora]) -> GatheredLoras:
             layers.setdefault(key := _key(layer, family), []).append(term)
             shapes.setdefault(key, layer)
     if not layers:
-        raise JobError("nothing is left: every layer of every LoRA has strength 0")
-    matrices = [tensor for file in files for tensor in file.tensors.values() if tensor.ndim > 1]
+        raise JobError("nothing is left: every layer of every LoRA has strength 0 or rank 0")
+    numbers = (tensor for file in files for tensor in file.tensors.values())
+    matrices = [tensor for tensor in numbers if tensor.ndim > 1 and tensor.is_floating_point()]
     shared = [SharedLayer(key, _shape(shapes[key], family, terms), tuple(terms)) for key, terms in layers.items()]
     return GatheredLoras(networks, family, storage_dtype(*matrices), shared)
 
@@ -127,18 +139,20 @@ def _common_family(networks: Iterable[Network]) -> BaseModel:
 
 
 def _terms(network: Network, request: LoraRequest, family: BaseModel) -> dict[str, LayerTerm]:
-    """Layer name → what the network does there, without layers of strength 0."""
+    """Layer name → what the network does there, without layers of strength or rank 0."""
     weights = _block_weights(request, family)
     names: dict[str, str] = {}
     terms: dict[str, LayerTerm] = {}
     for layer, adapter in network.adapters.items():
         strength = request.te if layer.startswith("te") else request.unet
-        factor = strength * weights.of(block_of_layer(layer).replace("other", ""), "")
+        block = block_of_layer(layer)
+        factor = strength * weights.of("" if block == OUTSIDE else block, "")
+        if factor == 0 or adapter.rank == 0:
+            continue
         _check(network.name, layer, adapter)
         if names.setdefault(_key(layer, family), layer) != layer:
             raise NamingError(f"{network.name}: {names[_key(layer, family)]} and {layer} are the same layer")
-        if factor != 0:
-            terms[layer] = LayerTerm(network.name, adapter, factor)
+        terms[layer] = LayerTerm(network.name, adapter, factor)
     return terms
 
 

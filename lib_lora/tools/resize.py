@@ -94,6 +94,7 @@ def resize(
     file = read_lora_file(lora)
     network = network_from_file(file)
     layers = _layers(file, network)
+    check_output(out, sum(_size(layer, rule, dtype) for layer in layers), overwrite=overwrite)
     notes = _notes(file, network, layers)
     tensors = {key: _as(tensor, dtype) for key, tensor in file.tensors.items()}
     outcomes: list[LayerOutcome] = []
@@ -123,6 +124,13 @@ def _layers(file: LoraFile, network: Network) -> list[_Layer]:
         for name, adapter in network.adapters.items()
         if isinstance(adapter, LoraAdapter)
     ]
+
+
+def _size(layer: _Layer, rule: RankRule, dtype: torch.dtype | None) -> int:
+    """Bytes of a layer's factors, with a dynamic method at most."""
+    up, shape = layer.adapter.up, layer.adapter.shape
+    rank = min(rule.largest(shape), layer.adapter.rank)
+    return rank * (shape[0] + math.prod(shape[1:])) * (dtype or up.dtype).itemsize
 
 
 def _notes(file: LoraFile, network: Network, layers: Sequence[_Layer]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -324,15 +325,17 @@ def bad_pairs(folder: Path) -> dict[str, tuple[list[str], type[Exception], str]]
         "one layer twice": ([at["twice"]], NamingError, "are the same layer"),
         "rank 0 alone": ([at["empty"]], JobError, "nothing is left"),
         "strength 0": ([f"{good}:0"], JobError, "nothing is left"),
+        "dyn 0": ([f"{good}:1:1:0"], JobError, "nothing is left"),
         "add of other ranks": ([good, at["ten"]], AdapterError, "equal ranks, these are 4, 10"),
         "add of other signs": ([good, at["negative"]], AdapterError, "alphas of one sign"),
     }
 
 
 CASES = ("another family", "NaN", "another shape", "too large", "a bias", "an unknown layer", "one layer twice")
+EMPTY = ("rank 0 alone", "strength 0", "dyn 0")
 
 
-@pytest.mark.parametrize("case", [*CASES, "rank 0 alone", "strength 0", "add of other ranks", "add of other signs"])
+@pytest.mark.parametrize("case", [*CASES, *EMPTY, "add of other ranks", "add of other signs"])
 def test_what_can_not_be_combined_is_refused_with_a_sentence_and_nothing_is_written(tmp_path, case):
     texts, error, words = bad_pairs(tmp_path)[case]
     before = sorted(tmp_path.iterdir())
@@ -340,6 +343,24 @@ def test_what_can_not_be_combined_is_refused_with_a_sentence_and_nothing_is_writ
     with pytest.raises(error, match=words):
         given = given_files(map(str, texts))
         combine(given, tmp_path / "out.safetensors", method=method, dtype=torch.float16)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_has_strength_0_may_be_of_any_kind(tmp_path):
+    layers = {LINEAR: family_tensors("DoRA of outputs", SHAPES[LINEAR]), TEXT: lora(2)[TEXT]}
+    path = write(tmp_path / "a.safetensors", layers, SD1)
+    combine(given_files([f"{path}:1:0"]), tmp_path / "out.safetensors")
+    assert list(load_network(tmp_path / "out.safetensors").adapters) == ["te1:encoder_layers_0_mlp_fc1"]
+
+
+def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
+    loras = asked(two(tmp_path))
+    before = sorted(tmp_path.iterdir())
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr("lib_lora.tools.combine.stacked", None)
+    with pytest.raises(OutputError, match="make room"):
+        combine(loras, tmp_path / "out.safetensors")
     assert sorted(tmp_path.iterdir()) == before
 
 

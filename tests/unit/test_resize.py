@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -219,6 +220,16 @@ def test_a_link_is_refused(tmp_path):
     (tmp_path / "b.safetensors").symlink_to(source)
     with pytest.raises(OutputError):
         resize(source, tmp_path / "b.safetensors", RankRule(2), overwrite=True)
+
+
+def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
+    source = write(tmp_path / "a.safetensors", lora())
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr("lib_lora.tools.resize.truncated", None)
+    with pytest.raises(OutputError, match="make room"):
+        resize(source, tmp_path / "b.safetensors", RankRule(4))
+    assert sorted(tmp_path.iterdir()) == [source]
 
 
 def test_a_cancelled_job_leaves_nothing(tmp_path):
