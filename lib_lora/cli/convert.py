@@ -2,36 +2,78 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lib_lora.cli.output import bar, tell
+from lib_lora.errors import JobError
 
 if TYPE_CHECKING:
     import argparse
 
+    from lib_lora.core.saving import Progress
+    from lib_lora.tools.convert_checkpoint import ModelConversion
+
 FAMILIES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
+LORA_LAYOUTS, MODEL_LAYOUTS = ("kohya", "peft"), ("single", "diffusers")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     add = parser.add_argument
-    add("--lora", type=Path, required=True, metavar="FILE")
-    add("--to", choices=("kohya", "peft"), required=True, help="peft: as diffusers saves LoRAs")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--lora", type=Path, metavar="FILE", help="to kohya or peft")
+    source.add_argument("--model", type=Path, metavar="PATH", help="file or folder, to single or diffusers")
+    add("--to", choices=(*LORA_LAYOUTS, *MODEL_LAYOUTS), required=True, help="peft: as diffusers saves LoRAs")
     add("--family", choices=FAMILIES, help="what a LoRA is for (default: found out)")
-    add("--out", type=Path, required=True)
+    add("--variant", help="which weights of a folder, such as fp16 (default: those without a variant)")
+    add("--config", type=Path, help="folder of configurations, for a model file of another size than its family's")
+    add("--tokenizer", type=Path, help="folder or file with CLIP's vocabulary, for a folder to be")
+    add("--prediction", choices=("epsilon", "v"), help="what a model file's UNet predicts (default: found out)")
+    add("--out", type=Path, required=True, help="file, or folder, to be")
     add("--force", action="store_true", help="replace an existing file")
     add("--json", action="store_true")
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:
-    """Write a LoRA file in the layout of kohya or of PEFT and diffusers."""
+    """Write a LoRA in kohya's or PEFT's layout, or a model as one file or as a folder of diffusers."""
+    if arguments.to not in (LORA_LAYOUTS if arguments.lora else MODEL_LAYOUTS):
+        kind, layouts = ("LoRA", LORA_LAYOUTS) if arguments.lora else ("model", MODEL_LAYOUTS)
+        raise JobError(f"a {kind} can be converted to {' or '.join(layouts)}, not to {arguments.to}")
+    with bar("writing") as progress:
+        made, text = (_lora if arguments.lora else _model)(arguments, progress)
+    tell(made, text, as_json=arguments.json)
+
+
+def _lora(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     from lib_lora.core.models import BaseModel
     from lib_lora.tools.convert import convert_lora
 
     family = BaseModel[FAMILIES[arguments.family]] if arguments.family else None
-    with bar("writing") as progress:
-        options = {"family": family, "overwrite": arguments.force, "progress": progress}
-        made = convert_lora(arguments.lora, arguments.to, arguments.out, **options)
-    text = f"{made.path}: {made.layers} layers for {made.base_model} in {made.layout}'s layout"
-    tell(made.to_dict(), text, as_json=arguments.json)
+    options = {"family": family, "overwrite": arguments.force, "progress": progress}
+    made = convert_lora(arguments.lora, arguments.to, arguments.out, **options)
+    return made.to_dict(), f"{made.path}: {made.layers} layers for {made.base_model} in {made.layout}'s layout"
+
+
+def _model(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
+    from lib_lora.tools.convert_checkpoint import to_single
+
+    if arguments.to == "single":
+        options = {"variant": arguments.variant, "overwrite": arguments.force, "progress": progress}
+        made = to_single(arguments.model, arguments.out, **options)
+    else:
+        made = _folder(arguments, progress)
+    left_out = ", ".join(f"{name} ({count})" for name, count in made.left_out.items())
+    notes = [*made.notes, *([f"left out: {left_out}"] if left_out else [])]
+    return made.to_dict(), "\n".join([*notes, f"{made.path}: {made.tensors} tensors of {made.base_model}"])
+
+
+def _folder(arguments: argparse.Namespace, progress: Progress) -> ModelConversion:
+    from lib_lora.hosts.standalone.vocabulary import tokenizer_files
+    from lib_lora.tools.convert_checkpoint import to_diffusers
+
+    options = {"config": arguments.config, "prediction": arguments.prediction, "progress": progress}
+    return to_diffusers(
+        arguments.model, arguments.out, tokenizer=partial(tokenizer_files, arguments.tokenizer), **options
+    )

@@ -89,15 +89,49 @@ def clip_tokenizer(source: Path | None, pad_token: str) -> Any:
     if source.is_dir():
         return _from_folder(source, pad_token)
     with tempfile.TemporaryDirectory() as scratch:
-        merges = read_merges(source)
-        save_bytes(Path(scratch) / "vocab.json", json.dumps(vocabulary(merges)).encode())
-        save_bytes(Path(scratch) / "merges.txt", "\n".join(("#version: 0.2", *merges, "")).encode())
+        for name, content in _files(read_merges(source)).items():
+            save_bytes(Path(scratch) / name, content)
         return _from_folder(Path(scratch), pad_token)
 
 
-def _from_folder(folder: Path, pad_token: str) -> Any:
+def tokenizer_files(source: Path | None, pad_token: str) -> dict[str, bytes]:
+    """What a tokenizer's folder in a diffusers model holds: file name → content; nothing if there is no vocabulary.
+
+    Args:
+        source: See `clip_tokenizer`.
+        pad_token: See `clip_tokenizer`.
+
+    Raises:
+        ModelError: If `source` is no vocabulary.
+    """
+    source = source or find_vocabulary()
+    if source is None:
+        return {}
+    if source.is_dir():
+        _check_folder(source)
+        files = {
+            name: (source / name).read_bytes() for name in (*TOKENIZER_FILES, "merges.txt") if (source / name).is_file()
+        }
+    else:
+        files = _files(read_merges(source))
+    tokens = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
+    settings = tokens | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
+    texts = {"special_tokens_map.json": tokens, "tokenizer_config.json": settings}
+    return files | {name: json.dumps(values, indent=2).encode() for name, values in texts.items()}
+
+
+def _files(merges: list[str]) -> dict[str, bytes]:
+    lines = "\n".join(("#version: 0.2", *merges, ""))
+    return {"vocab.json": json.dumps(vocabulary(merges)).encode(), "merges.txt": lines.encode()}
+
+
+def _check_folder(folder: Path) -> None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"{folder} holds no CLIP tokenizer: neither {' nor '.join(TOKENIZER_FILES)} is there.")
+
+
+def _from_folder(folder: Path, pad_token: str) -> Any:
+    _check_folder(folder)
     try:
         return transformers_class("CLIPTokenizer").from_pretrained(
             folder, local_files_only=True, pad_token=pad_token, model_max_length=77

@@ -1,0 +1,316 @@
+"""A model in the other layout: one file under the original names of SD1, SD2 or SDXL, or a folder of diffusers.
+
+Tensors go from memory maps to the new files one after the other, none is rounded. What the other layout has no place
+for is left out and told.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from lib_lora.core.files import map_checkpoint
+from lib_lora.core.ldm_names import diffusers_to_ldm, ldm_to_diffusers, translate
+from lib_lora.core.model_folder import part_tensors
+from lib_lora.core.models import BaseModel
+from lib_lora.core.opening import shown
+from lib_lora.core.replacing import making_folder
+from lib_lora.core.saving import check_output, no_progress, save_bytes, save_tensors
+from lib_lora.core.single_file import CONFIGS, FAMILIES, UNET_PREFIX, VAE_PREFIX, Family, recognise
+from lib_lora.core.text_towers import TEXT_MODEL, original_tensors, tower_tensors
+from lib_lora.core.vae_names import PARTS as VAE_PARTS
+from lib_lora.core.vae_names import vae_to_diffusers, vae_to_ldm
+from lib_lora.errors import ModelError
+from lib_lora.tools.metadata import model_spec, usual_prediction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from lib_lora.core.saving import LazyTensor, Progress
+
+_CLIP_LAYER = f"{TEXT_MODEL}encoder.layers."
+_PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+_WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
+_V_PREDICTION = "v_prediction"
+_FORMAT = {"format": "pt"}
+"""Without it, transformers does not load a file."""
+_INDEX, _SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+_CONVOLUTION = 4
+_SHOWN_PARTS = 5
+"""Of names that are left out: enough for ``cond_stage_model.model.transformer.resblocks.23``."""
+_SIZES = (
+    ("unet", "conv_in.weight", 0, "block_out_channels"),
+    ("unet", "attn2.to_k.weight", 1, "cross_attention_dim"),
+    ("vae", "encoder.conv_in.weight", 0, "block_out_channels"),
+    ("text_encoder", "token_embedding.weight", 0, "vocab_size"),
+    ("text_encoder", "token_embedding.weight", 1, "hidden_size"),
+    ("text_encoder", "position_embedding.weight", 0, "max_position_embeddings"),
+)
+"""Part, end of a weight's name, its dimension, and where the configuration says how large that is."""
+
+
+@dataclass(frozen=True)
+class ModelConversion:
+    """A model in another layout.
+
+    Attributes:
+        source: What it was made of.
+        path: The new file or folder.
+        layout: ``single`` or ``diffusers``.
+        base_model: Its family.
+        tensors: How many were written.
+        left_out: Beginning of tensors' names → how many of them the other layout has no place for.
+        notes: Sentences for the user.
+    """
+
+    source: str
+    path: str
+    layout: str
+    base_model: str
+    tensors: int
+    left_out: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def to_diffusers(
+    source: Path,
+    out: Path,
+    *,
+    config: Path | None = None,
+    tokenizer: Callable[[str], Mapping[str, bytes]] | None = None,
+    prediction: str | None = None,
+    progress: Progress = no_progress,
+) -> ModelConversion:
+    """Write a single-file checkpoint as a folder of diffusers.
+
+    Args:
+        source: A .safetensors checkpoint of SD1, SD2 or SDXL.
+        out: The folder to be, which must not exist.
+        config: Folder of configurations in diffusers' layout, for a model of another size; None for the family's own.
+        tokenizer: Token that fills a prompt → the tokenizer's files, name → content; a folder without is not complete.
+        prediction: ``epsilon`` or ``v``; None to take what the file says, else what is usual in the family.
+        progress: Told the bytes written.
+
+    Raises:
+        FileError: If `source` can not be read.
+        ModelError: If it is no complete checkpoint, or does not fit the configuration.
+        OutputError: If there is something at `out`, or it can not be written.
+    """
+    tensors = map_checkpoint(source)
+    family = recognise({name: info.shape for name, info in tensors.header.tensors.items()}, shown(source))
+    folder = config or CONFIGS / family.config
+    configs = {part: _read_json(folder / part / "config.json") for part in _parts(family)}
+    parts, used = _diffusers_parts(tensors, family, configs)
+    _check_fit(parts, configs, source, folder)
+    scheduler = _read_json(folder / _SCHEDULER)
+    said = "v" if "v_pred" in tensors else usual_prediction(BaseModel(family.title), tensors.header.metadata)
+    scheduler["prediction_type"] = _V_PREDICTION if (prediction or said) == "v" else "epsilon"
+    files = {f"{part}/config.json": _json(values) for part, values in configs.items()}
+    tokenizers = {tower.tokenizer: tokenizer(tower.pad_token) for tower in family.towers} if tokenizer else {}
+    files |= {_SCHEDULER: _json(scheduler), _INDEX: _json(_model_index(family, configs, scheduler, tokenizers))}
+    files |= {f"{name}/{file}": content for name, made in tokenizers.items() for file, content in made.items()}
+    with making_folder(out) as made:
+        _write_folder(made, parts, files, progress)
+    notes = [f"the UNet is taken to predict {scheduler['prediction_type']}"]
+    if not tokenizers or not all(tokenizers.values()):
+        notes.append("the folder has no tokenizer; copy one from a model of the same family")
+    return _conversion(source, out, family, sum(map(len, parts.values())), set(tensors) - used, notes)
+
+
+def to_single(
+    source: Path,
+    out: Path,
+    *,
+    variant: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> ModelConversion:
+    """Write a folder of diffusers as one checkpoint file.
+
+    Args:
+        source: Folder of an SD1, SD2 or SDXL model, its weights in .safetensors files, whole or in shards.
+        out: The file to be.
+        variant: Which weights, such as ``fp16``; None for those without a variant, or the only one there is.
+        overwrite: Whether an older file is replaced.
+        progress: Told the bytes written.
+
+    Raises:
+        FileError: If a file can not be read.
+        ModelError: If it is no such folder, lacks a part, or has several variants and none was asked for.
+        OutputError: If the file can not be written.
+    """
+    index = _read_json(source / _INDEX)
+    names = [part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if index.get(part, [None])[0]]
+    parts = {part: part_tensors(source / part, variant) for part in names}
+    family = _family_of(parts, source)
+    tensors, used = _original_tensors(parts, family)
+    recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shown(source))
+    size = sum(tensor.nbytes for part in parts.values() for tensor in part.values())
+    check_output(out, size, overwrite=overwrite)
+    said = _read_json(source / _SCHEDULER).get("prediction_type")
+    prediction = "v" if said == _V_PREDICTION else "epsilon"
+    metadata = model_spec(BaseModel(family.title), title=out.stem, is_lora=False, prediction=prediction)
+    save_tensors(out, tensors, metadata, overwrite=overwrite, progress=progress)
+    return _conversion(source, out, family, len(tensors), {f"{p}.{n}" for p in parts for n in parts[p]} - used, [])
+
+
+def _conversion(
+    source: Path, out: Path, family: Family, tensors: int, left_out: Iterable[str], notes: Iterable[str]
+) -> ModelConversion:
+    groups = Counter(".".join(name.split(".")[:_SHOWN_PARTS]) for name in left_out)
+    layout = "diffusers" if out.is_dir() else "single"
+    return ModelConversion(
+        str(source), str(out), layout, family.title, tensors, dict(sorted(groups.items())), tuple(notes)
+    )
+
+
+def _parts(family: Family) -> tuple[str, ...]:
+    return ("unet", "vae", *(tower.component for tower in family.towers))
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)}
+
+
+def _diffusers_parts(
+    tensors: Mapping[str, Tensor], family: Family, configs: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
+    """Part → its tensors under diffusers' names; and which of the checkpoint's tensors these are."""
+    unet, vae = _under(tensors, UNET_PREFIX), _under(tensors, VAE_PREFIX)
+    table = ldm_to_diffusers(unet)
+    paths = {name: path for name in unet if (path := translate(name, table))}
+    parts = {"unet": {path: unet[name] for name, path in paths.items()}, "vae": vae_to_diffusers(vae)}
+    used = {UNET_PREFIX + name for name in paths}
+    used |= {VAE_PREFIX + name for name in vae if name.partition(".")[0] in VAE_PARTS}
+    for tower in family.towers:
+        config = configs[tower.component]
+        own = parts.setdefault(tower.component, {})
+        for name in tensors:
+            made = tower_tensors(tower, {name: tensors[name]}) if name.startswith(tower.prefix) else {}
+            kept = {path: tensor for path, tensor in made.items() if _in_tower(path, config)}
+            own |= kept
+            used |= {name} if kept else set()
+    return parts, used
+
+
+def _in_tower(path: str, config: Mapping[str, Any]) -> bool:
+    """Whether transformers' model of this configuration has a weight of this name."""
+    if not path.startswith(TEXT_MODEL):
+        return any("WithProjection" in name for name in config.get("architectures", ()))
+    layer = path.removeprefix(_CLIP_LAYER).partition(".")[0] if path.startswith(_CLIP_LAYER) else "0"
+    return int(layer) < config["num_hidden_layers"]
+
+
+def _check_fit(
+    parts: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Mapping[str, Any]], source: Path, folder: Path
+) -> None:
+    """Refuse a configuration of another size than the weights."""
+    for part, tensors in parts.items():
+        for kind, ending, dimension, key in _SIZES:
+            if not part.startswith(kind):
+                continue
+            value: Any = configs[part].get(key)
+            expected = cast("list[Any]", value)[0] if isinstance(value, list) else value
+            found = {tensor.shape[dimension] for name, tensor in tensors.items() if name.endswith(ending)}
+            if expected is not None and found and found != {expected}:
+                raise ModelError(
+                    f"{shown(source)}: {ending} of the {part} has the size {min(found)}, the configuration in {folder} "
+                    f"says {key} {expected}; give the model's own with --config"
+                )
+
+
+def _family_of(parts: Mapping[str, Mapping[str, Tensor]], source: Path) -> Family:
+    """Told by the second text encoder, and by the layers that frame SD2's and SD1's attention."""
+    frames = [tensor for name, tensor in parts.get("unet", {}).items() if name.endswith(".proj_in.weight")]
+    missing = [part for part in ("unet", "vae", "text_encoder") if part not in parts]
+    if missing or not frames:
+        raise ModelError(f"{shown(source)} is no SD1, SD2 or SDXL model: it has no {(missing or ['attention'])[0]}")
+    name = "sdxl" if "text_encoder_2" in parts else "sd1" if frames[0].ndim == _CONVOLUTION else "sd2"
+    return next(family for family in FAMILIES if family.config == name)
+
+
+def _original_tensors(
+    parts: Mapping[str, Mapping[str, Tensor]], family: Family
+) -> tuple[dict[str, Tensor | LazyTensor], set[str]]:
+    """Tensors under the original names; and ``part.name`` of those that have one."""
+    table = diffusers_to_ldm(parts["unet"])
+    paths = {name: path for name in parts["unet"] if (path := translate(name, table))}
+    tensors: dict[str, Tensor | LazyTensor] = {UNET_PREFIX + path: parts["unet"][name] for name, path in paths.items()}
+    tensors |= {VAE_PREFIX + name: tensor for name, tensor in vae_to_ldm(parts["vae"]).items()}
+    used = {f"unet.{name}" for name in paths}
+    used |= {f"vae.{name}" for name in parts["vae"] if name.partition(".")[0] in VAE_PARTS}
+    for tower in family.towers:
+        originals = original_tensors(tower, parts[tower.component])
+        tensors |= originals
+        back = tower_tensors(tower, {name: _as_tensor(tensor) for name, tensor in originals.items()})
+        kept = {path.removeprefix(TEXT_MODEL) for path in back}
+        used |= {f"{tower.component}.{n}" for n in parts[tower.component] if n.removeprefix(TEXT_MODEL) in kept}
+    return tensors, used
+
+
+def _as_tensor(tensor: Tensor | LazyTensor) -> Tensor:
+    """A tensor of the same shape that takes no memory."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _model_index(
+    family: Family, configs: Mapping[str, Mapping[str, Any]], scheduler: Mapping[str, Any], tokenizers: Iterable[str]
+) -> dict[str, Any]:
+    """What diffusers makes the pipeline of."""
+    index: dict[str, Any] = {"_class_name": _PIPELINES[family.config]}
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    for tower in family.towers:
+        index[tower.component] = [
+            "transformers",
+            "CLIPTextModelWithProjection" if "2" in tower.component else "CLIPTextModel",
+        ]
+    index |= {name: ["transformers", "CLIPTokenizer"] for name in tokenizers}
+    absent = ("feature_extractor", "image_encoder")
+    if family.config != "sdxl":
+        absent = (*absent, "safety_checker")
+        index["requires_safety_checker"] = False
+    return index | {name: [None, None] for name in absent}
+
+
+def _write_folder(
+    folder: Path, parts: Mapping[str, Mapping[str, Tensor]], files: Mapping[str, bytes], progress: Progress
+) -> None:
+    sizes = {part: sum(tensor.nbytes for tensor in tensors.values()) for part, tensors in parts.items()}
+    before = 0
+    for part, tensors in parts.items():
+        (folder / part).mkdir()
+
+        def told(done: int, _: int, before: int = before) -> None:
+            progress(before + done, sum(sizes.values()))
+
+        save_tensors(folder / part / _WEIGHTS.get(part, "model.safetensors"), tensors, _FORMAT, progress=told)
+        before += sizes[part]
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        save_bytes(folder / name, content)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} can not be read as a configuration: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} is no configuration: it holds no JSON object")
+    return cast("dict[str, Any]", values)
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
