@@ -23,6 +23,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--model", type=Path, help="checkpoint or diffusers folder to lay the LoRA over")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw norms and ranks of a LoRA's blocks")
+    parser.add_argument("--force", action="store_true", help="replace an existing picture")
     parser.add_argument("--json", action="store_true")
 
 
@@ -31,6 +33,10 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
     from lib_lora.tools.inspect import inspect_file
 
     inspection = inspect_file(arguments.file, arguments.model)
+    if arguments.plot:
+        from lib_lora.tools.plot import save_plot
+
+        save_plot(inspection, arguments.plot, overwrite=arguments.force)
     tell(inspection.to_dict(), _inspection_text(inspection), as_json=arguments.json)
 
 
