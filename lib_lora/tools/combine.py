@@ -1,4 +1,9 @@
-"""LoRA + LoRA → LoRA: their exact sum, its best approximation at a smaller rank, or kohya's sum of factors."""
+"""LoRA + LoRA → LoRA: their exact sum, its best approximation at a smaller rank, or kohya's sum of factors.
+
+The exact sum is not what ``--concat`` of kohya's scripts makes: they keep the first file's alpha beside the sum of the
+ranks, so that the effect is weaker than that of the LoRAs together. Here alpha is the rank, and every strength and
+scale is in the factors.
+"""
 
 from __future__ import annotations
 
