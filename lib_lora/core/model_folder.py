@@ -38,9 +38,8 @@ def weight_files(part: Path, variant: str | None = None) -> list[Path]:
     chosen = variant or ("" if "" in found else "".join(found) if len(found) == 1 else None)
     if chosen is None or chosen not in found:
         there = ", ".join(name or "no variant" for name in found) or "none"
-        raise ModelError(
-            f"{part} holds no weights in .safetensors files of variant {variant or 'none'}; there: {there}"
-        )
+        wanted = f"of variant {variant}" if variant else "without a variant"
+        raise ModelError(f"{part} holds no .safetensors weights {wanted}; variants there: {there}")
     whole = next((files for count, files in found[chosen].items() if len(files) == int(count)), None)
     if whole is None:
         raise ModelError(f"{part} is incomplete: some of its shards are missing; download them again")
