@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lib_lora.core.plan import Compat, Match
     from lib_lora.prompt.tags import LoraRequest, ParsedPrompt
 
+MOST_LORAS = 1000
+"""In one request; a text of 1 MB could name a hundred times as many, each of which is looked for in the folders."""
 IDLE_BYTES = 1 << 30
 """Networks that are not in the last request stay in memory up to this size."""
 
@@ -91,11 +93,15 @@ class Resolver:
         """Find, read and match each LoRA; one's fault is not the others'. Bad tags are refused before them."""
         found: list[ResolvedLora] = []
         refused = [RefusedLora(problem.raw, problem.message) for problem in parsed.problems]
-        for request in parsed.requests:
+        for request in parsed.requests[:MOST_LORAS]:
             try:
                 found.append(self.lay(request, self._catalog.find(request.name)))
             except PrefuseError as error:  # noqa: PERF203 -- that is the point
                 refused.append(RefusedLora(request.name, str(error)))
+        more = len(parsed.requests) - MOST_LORAS
+        if more > 0:
+            reason = f"the last {more} of the LoRAs are not applied; a request can have {MOST_LORAS}"
+            refused.append(RefusedLora(f"{more} more", reason))
         return found, refused
 
     def lay(self, request: LoraRequest, entry: CatalogEntry) -> ResolvedLora:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ ROOMS = (
     ("core", "prompt"),
     ("catalog", "presets", "report", "pipelines"),
     ("resolve",),
-    ("tuning",),
+    ("applying", "tuning"),
     ("session",),
     ("compile", "tools", "train"),
     ("hosts",),
@@ -30,6 +31,19 @@ ROOMS = (
     ("__main__",),
 )
 """From left to right: a module may import what stands to its left, and its own room."""
+NETWORK = (
+    "socket",
+    "ssl",
+    "urllib",
+    "http",
+    "requests",
+    "httpx",
+    "aiohttp",
+    "ftplib",
+    "smtplib",
+    "huggingface_hub",
+    "yaml",
+)
 STRANGERS = ("modules", "gradio", "fastapi", "diffusers", "transformers", "accelerate")
 WEIGHT_WRITERS = {
     "core/patcher.py",
@@ -181,6 +195,43 @@ def test_nothing_that_runs_what_a_file_says(path):
         assert not shell, f"line {call.lineno}"
     assert not [node for node in ast.walk(source) if isinstance(node, ast.Global)]
     assert not [node for node in ast.walk(source) if isinstance(node, ast.Assert)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_nothing_reaches_for_the_network(path):
+    assert not [module for module, _ in imports(path) if module.split(".")[0] in NETWORK]
+
+
+def caught_before(node: ast.Try, index: int) -> str:
+    return " ".join(ast.unparse(handler.type) for handler in node.handlers[:index] if handler.type)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_memory_that_runs_out_is_never_taken_for_another_fault(path):
+    """OutOfMemoryError is a RuntimeError: who catches one must have caught the other before, or raise it again."""
+    if not name(path).startswith(("core/", "resolve", "session")) or name(path) == "core/opening.py":
+        return  # which says itself that memory is short
+    for node in (node for node in ast.walk(tree(path)) if isinstance(node, ast.Try)):
+        for index, handler in enumerate(node.handlers):
+            caught = re.findall(r"\w+", ast.unparse(handler.type)) if handler.type else ["BaseException"]
+            again = isinstance(handler.body[-1], ast.Raise) and handler.body[-1].exc is None
+            if {"RuntimeError", "Exception", "BaseException"} & set(caught) and not again:
+                assert re.search("(?i)out_?of_?memory", caught_before(node, index)), f"line {handler.lineno}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_no_name_of_a_request_becomes_a_path(path):
+    """Where names come in, only constants are joined to folders."""
+    if not name(path).startswith(("resolve", "session", "prompt/", "hosts/webui/")):
+        return
+    assert not [call.lineno for called, call in calls(path) if called in {"join", "joinpath"} and is_of_paths(call)]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and "Path(" in ast.unparse(node.left):
+            assert ast.unparse(node.right).isupper(), f"line {node.lineno}"
+
+
+def is_of_paths(call: ast.Call) -> bool:
+    return ast.unparse(call.func) == "os.path.join" or call.func.attr == "joinpath"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)

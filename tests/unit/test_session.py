@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -270,6 +271,14 @@ def test_a_model_without_layers_is_refused(tmp_path):
     with pytest.raises(ModelError, match="no layers for LoRAs"):
         LoraSession({"unet": nn.Identity()}, LoraCatalog([tmp_path]))
     assert issubclass(ModelError, PrefuseError)
+
+
+def test_a_request_without_end_is_cut_and_told(session):
+    start = time.process_time()
+    report = session.set("<lora:ink:0.001>" * 600 + "".join(f"<lora:no{number}:1>" for number in range(100_000)))
+    assert time.process_time() - start < 10
+    assert len(report.applied) == 600
+    assert report.refused[-1].reason.startswith("the last 99600 of the LoRAs are not applied")
 
 
 def test_an_argument_that_is_not_understood_is_told(session):

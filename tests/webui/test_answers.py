@@ -234,5 +234,16 @@ def test_what_is_there_is_held_at_its_version(installer, monkeypatch, capsys):
     )
 
 
+def test_pip_itself_would_change_nothing_and_needs_no_network(installer, tmp_path):
+    """With the packages of this environment: the WebUI's own pins, where the tests run with them."""
+    there = [name for name in installer["NEEDED"] if name not in installer["missing"]()]
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text("\n".join(f"{name}=={version}" for name, version in installer["installed"]().items()))
+    command = [*installer["pip_command"](there, str(constraints)), "--no-index", "--dry-run", "--report", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(there) >= 4
+    assert json.loads(done.stdout)["install"] == []
+
+
 def test_all_that_is_needed_is_looked_for(installer):
     assert installer["NEEDED"] == PINS

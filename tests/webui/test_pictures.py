@@ -239,6 +239,23 @@ def test_where_the_base_is_kept_is_a_setting(webui, expected, store):
     assert equal(webui.picture("a cat"), expected([], "a cat"))
 
 
+def test_the_store_and_the_cache_can_be_set_for_one_request(webui, monkeypatch):
+    import lib_lora.resolve
+
+    state, _ = webui.app.routes["/prefuse/v1/state"]
+    read, load = [], lib_lora.resolve.load_network
+    monkeypatch.setattr(lib_lora.resolve, "load_network", lambda path: read.append(path.stem) or load(path))
+    nothing_kept = {"prefuse_cache_mb": 0, "prefuse_base_store": "pinned"}
+    for tag, options in (("wash:0.5", {}), ("ink:0.8", nothing_kept), ("wash:0.5", nothing_kept)):
+        webui.picture(f"a cat <lora:{tag}>", override_settings=options)
+        assert state().store == ("pinned" if options else "device")
+    assert read == ["wash", "ink", "wash"]
+    read.clear()
+    for tag in ("ink:0.8", "wash:0.5", "ink:0.8", "wash:0.5"):  # another place for the base is a new start
+        webui.picture(f"a cat <lora:{tag}>")
+    assert read == ["ink", "wash"]
+
+
 def test_the_network_of_the_settings_is_added_to_the_prompt_once(webui, expected):
     webui.set(sd_lora="ink")
     done = webui.generate("a cat ", n_iter=2)
