@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -106,19 +107,32 @@ def target_weights(unet: nn.Module, kind: str) -> list[Tensor]:
 
 
 def write_lora(
-    path: Path, layers: Mapping[str, nn.Linear | nn.Conv2d], rank: int = RANK, dtype: torch.dtype = torch.float16
+    path: Path,
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    rank: int = RANK,
+    dtype: torch.dtype = torch.float16,
+    others: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]] = MappingProxyType({}),
 ) -> Path:
-    """Write a LoRA file in kohya's format for `layers`, alpha half the rank, ΔW about 5 % of the weights' size."""
+    """Write a LoRA file in kohya's format, alpha half the rank, ΔW about 5 % of the weights' size.
+
+    Args:
+        path: The file.
+        layers: Of the UNet.
+        rank: Of each layer.
+        dtype: Of the factors.
+        others: kohya's prefix of another component, such as ``lora_te`` → its layers.
+    """
     generator = torch.Generator().manual_seed(SEED ^ zlib.crc32(path.stem.encode()))
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        fan_in = layer.weight[0].numel()
-        key, tail = f"lora_unet_{name.replace('.', '_')}", (1,) * (layer.weight.ndim - 2)
-        up = torch.empty(layer.weight.shape[0], rank, *tail).uniform_(-1, 1, generator=generator)
-        down = torch.empty(rank, *layer.weight.shape[1:]).uniform_(-1, 1, generator=generator)
-        tensors[f"{key}.lora_up.weight"] = up.mul_(0.3 * rank**-0.5).to(dtype)
-        tensors[f"{key}.lora_down.weight"] = down.mul_(fan_in**-0.5).to(dtype)
-        tensors[f"{key}.alpha"] = torch.tensor(rank / 2, dtype=dtype)
+    for prefix, own in {"lora_unet": layers, **others}.items():
+        for name, layer in own.items():
+            fan_in = layer.weight[0].numel()
+            key, tail = f"{prefix}_{name.replace('.', '_')}", (1,) * (layer.weight.ndim - 2)
+            up = torch.empty(layer.weight.shape[0], rank, *tail).uniform_(-1, 1, generator=generator)
+            down = torch.empty(rank, *layer.weight.shape[1:]).uniform_(-1, 1, generator=generator)
+            tensors[f"{key}.lora_up.weight"] = up.mul_(0.3 * rank**-0.5).to(dtype)
+            tensors[f"{key}.lora_down.weight"] = down.mul_(fan_in**-0.5).to(dtype)
+            tensors[f"{key}.alpha"] = torch.tensor(rank / 2, dtype=dtype)
     save_tensors(path, tensors, {"ss_network_module": "networks.lora", "ss_network_dim": str(rank)})
     return path
 
