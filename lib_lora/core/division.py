@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lib_lora.core.adapters import split_linear
-from lib_lora.core.hooks import is_hookable
+from lib_lora.core.hooks import is_hookable, is_wrapped
 from lib_lora.core.numerics import Term
 from lib_lora.core.plan import FusePlan, LayerPatch
 from lib_lora.errors import UnwritableError
@@ -37,7 +37,8 @@ def divide(plan: FusePlan, hook: bool) -> Division:
     """Decide for each layer whether it is fused or hooked.
 
     Layers whose weights can not be rewritten (quantised) are hooked in either mode. Algorithms whose ΔW depends on the
-    weight (IA3, OFT, BOFT, DoRA, GLoRA's first branch), biases and MultiheadAttention are fused in either mode.
+    weight (IA3, OFT, BOFT, DoRA, GLoRA's first branch), biases, MultiheadAttention and layers whose forward other code
+    has wrapped are fused in either mode.
 
     Args:
         plan: The whole.
@@ -52,7 +53,7 @@ def divide(plan: FusePlan, hook: bool) -> Division:
     kept: dict[str, None] = {}
     for key, patch in plan.patches.items():
         writable = patch.layer.is_rewritable
-        if writable and not (hook and is_hookable(patch.layer)):
+        if writable and not (hook and is_hookable(patch.layer) and not is_wrapped(patch.layer)):
             fused[key] = patch
             continue
         linear, rest = _split(patch)

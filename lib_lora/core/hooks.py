@@ -37,6 +37,14 @@ def is_hookable(layer: LayerRef) -> bool:
     return isinstance(layer.module, (nn.Linear, nn.Conv2d)) and layer.attribute == "weight"
 
 
+def is_wrapped(layer: LayerRef) -> bool:
+    """Whether other code put a forward on the module, which may change the input first.
+
+    A hook gets the module's input, not what such a forward makes of it: ControlNet-LLLite adds to it there.
+    """
+    return "forward" in vars(layer.module)
+
+
 class Path(Protocol):
     """What a forward hook adds to the output of its layer."""
 

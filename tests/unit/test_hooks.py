@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lib_lora.core.adapters import load_adapter
+from lib_lora.core.division import divide
 from lib_lora.core.hooks import HookedLayers, LinearPath, is_hookable, make_path
 from lib_lora.core.layers import LayerRef
 from lib_lora.core.numerics import Term
@@ -166,6 +167,18 @@ def test_multihead_attention_is_not_hookable():
     attention = nn.MultiheadAttention(8, 2)
     layer = LayerRef("te1.q", "te1", "BASE", (8, 8), "in_proj_weight", (0, 8), attention, "in_proj_weight")
     assert not is_hookable(layer)
+
+
+def test_a_layer_whose_input_another_forward_changes_is_fused():
+    module = nn.Linear(8, 8)
+    layer = layer_of(module)
+    plan = FusePlan({layer.key: patch_of(layer, 2)})
+    assert layer.key in divide(plan, hook=True).hooked.patches
+    original = module.forward
+    module.forward = lambda x: original(x + 1)
+    assert layer.key in divide(plan, hook=True).fused.patches
+    del module.forward
+    assert layer.key in divide(plan, hook=True).hooked.patches
 
 
 @pytest.mark.parametrize(

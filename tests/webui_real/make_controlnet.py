@@ -19,7 +19,7 @@ MISSING = (
     "tests/webui_real/test_controlnet.py did not run: set CONTROLNET_ROOT to the folder of the extension "
     "Mikubill/sd-webui-controlnet v1.1.455, whose requirements WEBUI_PYTHON has"
 )
-CONTROLNET, ADAPTER = "smallcontrol", "smalladapter"
+CONTROLNET, ADAPTER, LLLITE = "smallcontrol", "smalladapter", "smalllllite"
 HINT_CHANNELS = 3 * 8 * 8
 """Of a T2I adapter: each block of 8 x 8 RGB pixels is one pixel for it."""
 WIDTH_SCRIPT = '''\
@@ -39,7 +39,7 @@ script_callbacks.on_app_started(set_width)
 
 
 def make_controlnet(folder: Path, *, channels: int = 32, seed: int = 0) -> None:
-    """Write a ControlNet and a T2I adapter, and a script that tells the extension how wide the first one is.
+    """Write a model of each kind, and a script that tells the extension how wide the ControlNet is.
 
     Args:
         folder: A data folder of the WebUI.
@@ -50,9 +50,9 @@ def make_controlnet(folder: Path, *, channels: int = 32, seed: int = 0) -> None:
     place.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        control, adapter = _controlnet(channels), _adapter(channels)
-    save_tensors(place / f"{CONTROLNET}.safetensors", control.state_dict(), overwrite=True)
-    save_tensors(place / f"{ADAPTER}.safetensors", adapter, overwrite=True)
+        control, adapter, lllite = _controlnet(channels).state_dict(), _adapter(channels), _lllite(channels)
+    for name, tensors in ((CONTROLNET, control), (ADAPTER, adapter), (LLLITE, lllite)):
+        save_tensors(place / f"{name}.safetensors", tensors, overwrite=True)
     script = folder / "extensions/smallcontrol/scripts/width.py"
     script.parent.mkdir(parents=True, exist_ok=True)
     save_bytes(script, WIDTH_SCRIPT.format(channels=channels).encode(), overwrite=True)
@@ -86,6 +86,20 @@ def _adapter(channels: int) -> dict[str, Tensor]:
                 tensors |= _conv(f"body.{block}.in_conv", before, width, 1)
             tensors |= _conv(f"body.{block}.block1", width, width, 3) | _conv(f"body.{block}.block2", width, width, 1)
             before = width
+    return tensors
+
+
+def _lllite(channels: int) -> dict[str, Tensor]:
+    """What is added to the inputs of the self-attentions' queries (ControlNet-LLLite, kohya-ss 2023)."""
+    inner = 16
+    tensors: dict[str, Tensor] = {}
+    for name, width in (("input_blocks_1", channels), ("middle_block", 4 * channels), ("output_blocks_11", channels)):
+        prefix = f"lllite_unet_{name}_1_transformer_blocks_0_attn1_to_q"
+        tensors |= _conv(f"{prefix}.conditioning1.0", 3, inner // 2, 4)
+        tensors |= _conv(f"{prefix}.conditioning1.2", inner // 2, inner, 2)
+        for part, inputs, outputs in (("down", width, inner), ("mid", 2 * inner, inner), ("up", inner, width)):
+            tensors[f"{prefix}.{part}.0.weight"] = 2 * torch.randn(outputs, inputs) / math.sqrt(inputs)
+            tensors[f"{prefix}.{part}.0.bias"] = torch.zeros(outputs)
     return tensors
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests.webui_real.make_controlnet import ADAPTER, CONTROLNET, MISSING, make_controlnet
+from tests.webui_real.make_controlnet import ADAPTER, CONTROLNET, LLLITE, MISSING, make_controlnet
 from tests.webui_real.server import largest_difference, text_of
 from tests.webui_real.test_passes import HIRES, HIRES_PROMPTS
 from tests.webui_real.test_pictures import CLEAR, ROUNDING, TEXT
@@ -31,10 +31,14 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "ControlNet": [{"model": CONTROLNET}],
     "T2I adapter": [{"model": ADAPTER}],
     "reference": [{"module": "reference_only"}],
+    "LLLite": [{"model": LLLITE}],
     "two at once": [{"model": CONTROLNET, "weight": 0.6, "guidance_end": 0.5}, {"model": ADAPTER, "weight": 0.4}],
     "low VRAM": [{"model": CONTROLNET, "low_vram": True}],
 }
-"""Units that a request has; a reference is drawn by the UNet itself, which is called twice in each step."""
+"""Units that a request has.
+
+A reference is drawn by the UNet itself, which is called twice in each step; LLLite adds to the inputs of layers.
+"""
 TAGS = "<lora:a:0.8><lora:b:0.3>"
 PROMPT = f"{TEXT} {TAGS}"
 
@@ -57,8 +61,9 @@ def add_controlnet(data: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one_webui(make_webui: Callable[..., WebUI]) -> Iterator[WebUI]:
-    """A WebUI with both extensions."""
+    """A WebUI with both extensions. LLLite keeps the forwards that it meets at its first use: here the built-in's."""
     webui = make_webui(prepare=add_controlnet)
+    webui.draw(PROMPT, **controlled("LLLite"))
     yield webui
     webui.stop()
 
@@ -170,7 +175,7 @@ def test_thirty_random_requests_give_the_pictures_that_they_give_alone(webui: We
     for _ in range(30):
         choice = dice.randrange(2), dice.randrange(4), dice.randrange(3)
         tags = ("", TAGS)[choice[0]]
-        control = [{}, *map(controlled, ("ControlNet", "T2I adapter", "reference"))][choice[1]]
+        control = [{}, *map(controlled, ("ControlNet", "LLLite", "reference"))][choice[1]]
         picture = webui.draw(f"{TEXT} {tags}", **control, override_settings=modes[choice[2]]).picture
         assert np.array_equal(picture, seen.setdefault(choice, picture)), choice
     assert np.array_equal(webui.draw(TEXT).picture, base)
