@@ -50,8 +50,8 @@ def fuse_layer_a1111(base: Tensor, terms: Sequence[Term], out: Tensor, layer: La
     """
     weight = base
     for adapter, factor in terms:
-        wide = weight.to(torch.float16) if is_fp8(weight.dtype) else weight
-        with _as_called(wide):
+        wide = weight.to(_computed_in(weight, out.dtype))
+        with _as_called(wide, out.dtype):
             updown = delta_weight(adapter, wide) * factor
         addend = wide if layer is not None and _is_added_to(layer) else wide.to(updown.dtype)
         weight = (addend + updown).to(weight.dtype)
@@ -66,10 +66,19 @@ def _is_added_to(layer: LayerRef) -> bool:
     return layer.attribute != "weight" or isinstance(layer.module, NonDynamicallyQuantizableLinear)
 
 
-def _as_called(weight: Tensor) -> AbstractContextManager[object]:
-    """The WebUI computes ΔW inside of a forward, under autocast if the model is in fp16 on CUDA."""
+def _computed_in(weight: Tensor, kept: torch.dtype) -> torch.dtype:
+    """The type to which the WebUI brings factors: its model's; of one in fp8, what its forwards compute from."""
+    if not is_fp8(kept):
+        return weight.dtype
+    return torch.float32 if weight.device.type == "cpu" else torch.float16
+
+
+def _as_called(weight: Tensor, kept: torch.dtype) -> AbstractContextManager[object]:
+    """The WebUI computes ΔW inside of a forward: under autocast if the model is in fp16 on CUDA, or in fp8 on a CPU."""
     if weight.device.type == "cuda" and weight.dtype == torch.float16:
         return torch.autocast("cuda", torch.float16)
+    if weight.device.type == "cpu" and is_fp8(kept):
+        return torch.autocast("cpu", torch.bfloat16)
     return full_precision(weight.device)
 
 

@@ -116,6 +116,16 @@ def test_weights_in_eight_bits_take_a_tag_as_well_as_the_builtin_and_lose_it(
         assert np.array_equal(webui.draw(prompt).picture, ours)
 
 
+@pytest.mark.parametrize("master", [False, True])
+def test_compatible_pictures_from_eight_bits_are_the_builtin_ones_bit_for_bit(
+    webui: WebUI, builtin: Callable[..., Answer], master: bool
+) -> None:
+    with webui.with_options(fp8_storage="Enable", cache_fp16_weight=master, prefuse_compat="a1111"):
+        for name in ("a", "b", "loha", "dora"):
+            prompt = f"{TEXT} <lora:{name}:0.6>"
+            assert np.array_equal(webui.draw(prompt).picture, builtin(prompt).picture), name
+
+
 def test_an_embedding_inside_of_a_lora_is_there_while_the_lora_is(webui: WebUI, builtin: Callable[..., Answer]) -> None:
     plain = webui.draw(f"{TEXT} {WORD}")
     ours = webui.draw(f"{TEXT} {WORD} <lora:{BUNDLE}:0.5>")
