@@ -1,4 +1,4 @@
-"""The weights of one part of a diffusers folder: whole or in shards, in full precision or in a variant."""
+"""The files that a model is converted from: those of a diffusers folder are whole or in shards, or a variant."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import re
 from typing import TYPE_CHECKING
 
 from lib_lora.core.files import map_checkpoint
-from lib_lora.errors import ModelError
+from lib_lora.core.opening import FileIdentity, shown
+from lib_lora.errors import FileChangedError, ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
-    from torch import Tensor
+    from lib_lora.core.saving import Progress
+
+KEPT_BYTES = 256 << 20
+"""So much of what was read may stay in memory."""
 
 # diffusers writes the variant before the shard's number since 0.30, and behind it before.
 _WEIGHTS = re.compile(
@@ -46,15 +51,42 @@ def weight_files(part: Path, variant: str | None = None) -> list[Path]:
     return whole
 
 
-def part_tensors(part: Path, variant: str | None = None) -> dict[str, Tensor]:
-    """The tensors of one part by name, views of mapped files.
+class MappedFiles:
+    """Files that a long job reads from the first tensor to the last.
 
-    Args:
-        part: The folder.
-        variant: See `weight_files`.
-
-    Raises:
-        ModelError: See `weight_files`.
-        FileError: If a file can not be read.
+    Attributes:
+        tensors: By name, of all files: views of mapped memory.
+        metadata: The first file's.
     """
-    return {name: tensor for file in weight_files(part, variant) for name, tensor in map_checkpoint(file).items()}
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Read their headers.
+
+        Raises:
+            FileError: If a file can not be read.
+        """
+        self._files = [map_checkpoint(path) for path in paths]
+        self.tensors = {name: tensor for file in self._files for name, tensor in file.items()}
+        self.metadata = self._files[0].header.metadata
+
+    def watched(self, progress: Progress) -> Progress:
+        """`progress` of a job that reads these files, which also gives back the memory of what was read.
+
+        It raises FileChangedError if one of them is written to meanwhile.
+        """
+        given_back = 0
+
+        def told(done: int, total: int) -> None:
+            nonlocal given_back
+            for file in self._files:
+                path = file.identity.path
+                if FileIdentity.of(path) != file.identity:
+                    raise FileChangedError(f"{shown(path)} is being written to; try again when that is done")
+            if done - given_back > KEPT_BYTES:
+                given_back = done
+                for file in self._files:
+                    for name in file:
+                        file.release(name)
+            progress(done, total)
+
+        return told

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from lib_lora.core.files import map_checkpoint
 from lib_lora.core.ldm_names import diffusers_to_ldm, ldm_to_diffusers, translate
-from lib_lora.core.model_folder import part_tensors
+from lib_lora.core.model_folder import MappedFiles, weight_files
 from lib_lora.core.models import BaseModel
 from lib_lora.core.opening import shown
 from lib_lora.core.replacing import making_folder
@@ -42,6 +41,10 @@ _V_PREDICTION = "v_prediction"
 _FORMAT = {"format": "pt"}
 """Without it, transformers does not load a file."""
 _INDEX, _SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+_ALL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_NEEDED = {"unet": ("block_out_channels",), "vae": ("block_out_channels",)}
+_TOWER = ("architectures", "num_hidden_layers")
+"""What configurations must say: of the UNet and the VAE, and of a text encoder."""
 _CONVOLUTION = 4
 _SHOWN_PARTS = 5
 """Of names that are left out: enough for ``cond_stage_model.model.transformer.resblocks.23``."""
@@ -107,21 +110,22 @@ def to_diffusers(
         ModelError: If it is no complete checkpoint, or does not fit the configuration.
         OutputError: If there is something at `out`, or it can not be written.
     """
-    tensors = map_checkpoint(source)
-    family = recognise({name: info.shape for name, info in tensors.header.tensors.items()}, shown(source))
+    files = MappedFiles([source])
+    tensors = files.tensors
+    family = recognise(_shapes(tensors), shown(source))
     folder = config or CONFIGS / family.config
-    configs = {part: _read_json(folder / part / "config.json") for part in _parts(family)}
+    configs = {part: _read_json(folder / part / "config.json", _NEEDED.get(part, _TOWER)) for part in _parts(family)}
     parts, used = _diffusers_parts(tensors, family, configs)
     _check_fit(parts, configs, source, folder)
-    scheduler = _read_json(folder / _SCHEDULER)
-    said = "v" if "v_pred" in tensors else usual_prediction(BaseModel(family.title), tensors.header.metadata)
+    scheduler = _read_json(folder / _SCHEDULER, ("_class_name",))
+    said = "v" if "v_pred" in tensors else usual_prediction(BaseModel(family.title), files.metadata)
     scheduler["prediction_type"] = _V_PREDICTION if (prediction or said) == "v" else "epsilon"
-    files = {f"{part}/config.json": _json(values) for part, values in configs.items()}
+    texts = {f"{part}/config.json": _json(values) for part, values in configs.items()}
     tokenizers = {tower.tokenizer: tokenizer(tower.pad_token) for tower in family.towers} if tokenizer else {}
-    files |= {_SCHEDULER: _json(scheduler), _INDEX: _json(_model_index(family, configs, scheduler, tokenizers))}
-    files |= {f"{name}/{file}": content for name, made in tokenizers.items() for file, content in made.items()}
+    texts |= {_SCHEDULER: _json(scheduler), _INDEX: _json(_model_index(family, configs, scheduler, tokenizers))}
+    texts |= {f"{name}/{file}": content for name, made in tokenizers.items() for file, content in made.items()}
     with making_folder(out) as made:
-        _write_folder(made, parts, files, progress)
+        _write_folder(made, parts, texts, files.watched(progress))
     notes = [f"the UNet is taken to predict {scheduler['prediction_type']}"]
     if not tokenizers or not all(tokenizers.values()):
         notes.append("the folder has no tokenizer; copy one from a model of the same family")
@@ -151,16 +155,19 @@ def to_single(
         OutputError: If the file can not be written.
     """
     index = _read_json(source / _INDEX)
-    names = [part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if index.get(part, [None])[0]]
-    parts = {part: part_tensors(source / part, variant) for part in names}
+    names = [part for part in _ALL_PARTS if index.get(part) not in (None, [None, None])]
+    files = {part: MappedFiles(weight_files(source / part, variant)) for part in names}
+    parts = {part: mapped.tensors for part, mapped in files.items()}
     family = _family_of(parts, source)
     tensors, used = _original_tensors(parts, family)
-    recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shown(source))
+    recognise(_shapes(tensors), shown(source))
     size = sum(tensor.nbytes for part in parts.values() for tensor in part.values())
     check_output(out, size, overwrite=overwrite)
     said = _read_json(source / _SCHEDULER).get("prediction_type")
     prediction = "v" if said == _V_PREDICTION else "epsilon"
     metadata = model_spec(BaseModel(family.title), title=out.stem, is_lora=False, prediction=prediction)
+    for mapped in files.values():
+        progress = mapped.watched(progress)
     save_tensors(out, tensors, metadata, overwrite=overwrite, progress=progress)
     return _conversion(source, out, family, len(tensors), {f"{p}.{n}" for p in parts for n in parts[p]} - used, [])
 
@@ -177,6 +184,10 @@ def _conversion(
 
 def _parts(family: Family) -> tuple[str, ...]:
     return ("unet", "vae", *(tower.component for tower in family.towers))
+
+
+def _shapes(tensors: Mapping[str, Tensor | LazyTensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -207,7 +218,7 @@ def _diffusers_parts(
 def _in_tower(path: str, config: Mapping[str, Any]) -> bool:
     """Whether transformers' model of this configuration has a weight of this name."""
     if not path.startswith(TEXT_MODEL):
-        return any("WithProjection" in name for name in config.get("architectures", ()))
+        return any("WithProjection" in name for name in config["architectures"])
     layer = path.removeprefix(_CLIP_LAYER).partition(".")[0] if path.startswith(_CLIP_LAYER) else "0"
     return int(layer) < config["num_hidden_layers"]
 
@@ -302,13 +313,15 @@ def _write_folder(
         save_bytes(folder / name, content)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} can not be read as a configuration: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path} is no configuration: it holds no JSON object")
+    if missing := [key for key in needed if key not in values]:
+        raise ModelError(f"{path} is no complete configuration: it has no {missing[0]}")
     return cast("dict[str, Any]", values)
 
 
