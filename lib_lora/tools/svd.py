@@ -51,7 +51,7 @@ def clamped_like_kohya(matrix: Tensor, rank: int, quantile: float) -> Factors:
     """The factors up = U S and down = Vᵀ, both cut off at a quantile of all their values, as kohya's scripts do.
 
     The quantile is that of the signed values, so that the result depends on the signs that LAPACK gives the vectors:
-    hence its own decomposition here. It is not the best approximation.
+    hence a decomposition of its own, on the CPU. It is not the best approximation.
 
     Args:
         matrix: (out, in) float32, finite.
@@ -61,7 +61,7 @@ def clamped_like_kohya(matrix: Tensor, rank: int, quantile: float) -> Factors:
     Raises:
         AdapterError: See `truncated_dense`.
     """
-    left, values, right = small_svd(matrix)
+    left, values, right = (part.to(matrix.device) for part in small_svd(matrix.cpu()))
     up, down = left[:, :rank] * values[:rank], right[:rank]
     limit = _quantile(torch.cat((up.flatten(), down.flatten())), quantile)
     return Factors(up.clamp(-limit, limit), down.clamp(-limit, limit), 1.0)
@@ -84,7 +84,7 @@ def _leading_left(matrix: Tensor, rank: int) -> Tensor:
 
 
 def _leading_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
-    if (rank + OVERSAMPLING) * STEPS <= len(matrix):  # else the Krylov space is as large as the whole
+    if 2 * (rank + OVERSAMPLING) * STEPS <= len(matrix):  # else the Krylov space costs as much as the whole
         for dtype in (torch.float32, torch.float64):
             vectors = _proven_eigenvectors(_gram(matrix.to(dtype)), rank)
             if vectors is not None:

@@ -105,6 +105,7 @@ def test_clamped_factors_make_kohyas_product(tuned, theirs, tmp_path):
         assert error(product, delta(ours, layer)) <= RECIPE_ERROR * torch.linalg.matrix_norm(product), layer
 
 
+@pytest.mark.parametrize("clamp", [None, pytest.param(KOHYAS_CLAMP, marks=pytest.mark.newest)])
 def test_no_layer_is_worse_than_kohyas(tuned, theirs, changes, tmp_path, clamp):
     ours = extracted(tuned, tmp_path, conv_rank=RANK, clamp=clamp)
     for layer in layers(theirs):
