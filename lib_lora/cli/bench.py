@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import argparse
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-SUITES = ("steps", "switch", "families", "merge", "resize")
+SUITES = ("steps", "switch", "families", "merge", "resize", "extract")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
