@@ -44,7 +44,7 @@ from tests.unit.test_peak_memory import Allocations
 if TYPE_CHECKING:
     from pathlib import Path
 
-ERROR = {torch.float32: 2e-7, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+ERROR = {torch.float32: 2e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Of a stored sum, relative to the sum of the norms of what is added: one rounding of each factor."""
 REPORTED = 0.02
 """Of a reported error, relative: rounding is not quite orthogonal to what was cut off."""

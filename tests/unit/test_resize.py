@@ -94,6 +94,16 @@ def test_layers_that_are_small_enough_are_kept_bit_for_bit(tmp_path):
     assert {layer.error == 0 for layer in outcome.layers if "conv3" not in layer.name} == {True}
 
 
+def test_a_rank_beyond_the_layers_sides_becomes_their_smaller_one(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(320, 4096, generator=generator), torch.randn(4096, 320, generator=generator)
+    source = write(tmp_path / "a.safetensors", {"rows": {"lora_up.weight": up, "lora_down.weight": down}})
+    outcome = resize(source, tmp_path / "b.safetensors", RankRule(512))
+    (exact,), (made,) = deltas(source).values(), deltas(tmp_path / "b.safetensors").values()
+    assert outcome.layers[0].rank == 320
+    assert (made - exact).norm() < 1e-5 * exact.norm()
+
+
 def test_alpha_keeps_its_part_of_the_rank(tmp_path):
     source = write(tmp_path / "a.safetensors", lora(rank=8, alpha=4.0, dtype=torch.float16))
     resize(source, tmp_path / "b.safetensors", RankRule(2))
