@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
 _ATTRIBUTES = (
@@ -19,3 +21,22 @@ def pipeline_components(pipe: Any) -> dict[str, nn.Module]:
     """Component → module, of those that any object with a pipeline's attributes has."""
     named = ((component, getattr(pipe, attribute, None)) for component, attribute in _ATTRIBUTES)
     return {component: module for component, module in named if module is not None}
+
+
+def step_callback(advance: Callable[[int, int], None]) -> Callable[..., dict[str, Any]]:
+    """What a diffusers pipeline calls after each step (``callback_on_step_end``), so that strengths move in time.
+
+    Args:
+        advance: `LoraSession.advance`.
+    """
+
+    def on_step_end(pipe: Any, call: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+        # Samplers of second order call the model twice in each step but the last.
+        order = pipe.scheduler.order
+        steps = (pipe.num_timesteps + order - 1) // order
+        step = (call + 1) // order
+        if step < steps:
+            advance(step, steps)
+        return {}
+
+    return on_step_end

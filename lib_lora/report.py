@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lib_lora.prompt.values import number_text
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 
@@ -20,7 +18,7 @@ class AppliedLora:
         name: As the request wrote it.
         path: Its file.
         te: Strength of the text encoders.
-        unet: Strength of the UNet.
+        unet: Strength of the UNet; of one that changes in time, that of step 0.
         layers: Layers of the model it changes.
         unmatched: Layers of the file that the model has not.
         rank: Largest rank of a layer.
@@ -33,7 +31,8 @@ class AppliedLora:
         embeddings: Names of textual inversions that come with it.
         dyn: How many ranks of each layer are used, or None for all.
         weights: Block weights as arguments of a tag, presets and drawn numbers written out; ``""`` for none.
-        says_more: Whether `weights` says more than the tag did.
+        resolved: The tag with these in it, if they say more than its own; else ``""``.
+        schedule: How the strengths change in time, as arguments of a tag; ``""`` if they do not.
     """
 
     name: str
@@ -52,14 +51,8 @@ class AppliedLora:
     embeddings: tuple[str, ...] = ()
     dyn: int | None = None
     weights: str = ""
-    says_more: bool = False
-
-    @property
-    def tag(self) -> str:
-        """The tag that asks for the same, wherever the preset files say something else."""
-        dyn = [] if self.dyn is None else [f"dyn={self.dyn}"]
-        weights = [self.weights] if self.weights else []
-        return f"<lora:{':'.join([self.name, number_text(self.te), number_text(self.unet), *dyn, *weights])}>"
+    resolved: str = ""
+    schedule: str = ""
 
     def __str__(self) -> str:
         """One line."""
@@ -67,9 +60,9 @@ class AppliedLora:
         strength = f"{self.unet:g}" if self.te == self.unet else f"te {self.te:g}, unet {self.unet:g}"
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.algorithms.items())
         mixed = f" ({kinds})" if len(self.algorithms) > 1 else ""
-        weights = f", {self.weights}" if self.weights else ""
+        more = "".join(f", {text}" for text in (self.schedule, self.weights) if text)
         layers = f"{self.layers} of {total} layers"
-        return f"{self.name} at {strength}{weights}: {self.algorithm} rank {self.rank}{mixed}, {layers}"
+        return f"{self.name} at {strength}{more}: {self.algorithm} rank {self.rank}{mixed}, {layers}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +94,8 @@ class SessionReport:
         store: Where the base weights are.
         store_bytes: Memory that takes, in bytes.
         mode: ``prefuse`` or ``hook``.
+        moves: How often scheduled strengths moved since.
+        moving_milliseconds: Wall time of that.
     """
 
     text: str = ""
@@ -114,6 +109,19 @@ class SessionReport:
     store: str = ""
     store_bytes: int = 0
     mode: str = "prefuse"
+    moves: int = 0
+    moving_milliseconds: float = 0.0
+
+    def moved(self, milliseconds: float, refused: Sequence[RefusedLora]) -> SessionReport:
+        """The same after scheduled strengths moved, which took `milliseconds` and may have refused a LoRA more."""
+        gone = {one.name for one in refused[len(self.refused) :]}
+        return replace(
+            self,
+            applied=tuple(lora for lora in self.applied if lora.name not in gone),
+            refused=tuple(refused),
+            moves=self.moves + 1,
+            moving_milliseconds=self.moving_milliseconds + milliseconds,
+        )
 
     def __str__(self) -> str:
         """Lines for a console or a page."""
@@ -125,6 +133,8 @@ class SessionReport:
             f"{self.layers_written} layers {verb}, {self.layers_restored} restored, {self.layers_kept} unchanged in "
             f"{self.milliseconds:.0f} ms; base weights: {self.store}, {self.store_bytes / 1e6:.0f} MB"
         )
+        if self.moves:
+            lines.append(f"scheduled strengths moved {self.moves} times in {self.moving_milliseconds:.0f} ms")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

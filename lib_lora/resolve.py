@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lib_lora.core.files import FileIdentity
 from lib_lora.core.naming import group_names
 from lib_lora.core.network import load_network
 from lib_lora.core.plan import FusePlan, Scale, make_plan, match_network
-from lib_lora.errors import PrefuseError
+from lib_lora.errors import PrefuseError, TagError
 from lib_lora.presets import PresetFiles
 from lib_lora.prompt.block_weights import BlockWeights
+from lib_lora.prompt.edit import with_block_weights
+from lib_lora.prompt.values import shorten
 from lib_lora.report import AppliedLora, RefusedLora, SessionReport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from lib_lora.catalog import CatalogEntry, LoraCatalog
     from lib_lora.core.keymap import KeyMap
     from lib_lora.core.layers import LayerRef
     from lib_lora.core.network import Network
+    from lib_lora.core.patch_state import ApplyReport
     from lib_lora.core.plan import Compat, Match
     from lib_lora.prompt.tags import LoraRequest, ParsedPrompt
 
@@ -46,12 +49,26 @@ class ResolvedLora:
         """The file's content, cut to the request's ranks."""
         return self.match.network
 
+    def at(self, step: int, steps: int) -> ResolvedLora:
+        """The same with the strengths of `step` of `steps`; itself if they are its own."""
+        te, unet = self.request.strengths(step, steps)
+        if (te, unet) == (self.scale.te, self.scale.unet):
+            return self
+        return replace(self, scale=replace(self.scale, te=te, unet=unet))
+
     def notes(self) -> list[str]:
         """Sentences about its name, its file, its layers and its arguments."""
         notes = [*self.entry.notes, *self.network.notes, self.match.note]
+        name, schedule = self.request.name, self.request.schedule
         if self.request.ignored:
-            arguments = ", ".join(self.request.ignored)
-            notes.append(f"{self.request.name}: {arguments} is not understood here and was ignored")
+            notes.append(f"{name}: {', '.join(self.request.ignored)} is not understood here and was ignored")
+        if schedule is not None and any(layer.component.startswith("te") for layer, _ in self.match.layers):
+            if self.scale.te != self.request.te:
+                notes.append(
+                    f"{name} is off when the prompt is encoded, before step 0, so its text encoder part is too"
+                )
+            elif schedule.te is not None:
+                notes.append(f"{name}: prompts are encoded once, so te stays at {self.scale.te:g}, its value in step 0")
         return [note for note in notes if note]
 
     def applied(self) -> AppliedLora:
@@ -59,7 +76,7 @@ class ResolvedLora:
         return AppliedLora(
             name=self.request.name,
             path=self.entry.path,
-            te=self.request.te,
+            te=self.scale.te,
             unet=self.request.unet,
             layers=self.match.matched,
             unmatched=self.match.total - self.match.matched,
@@ -73,7 +90,8 @@ class ResolvedLora:
             embeddings=tuple(self.network.embeddings),
             dyn=self.request.dyn,
             weights=self.weights.text,
-            says_more=self.weights.says_more,
+            resolved=with_block_weights(self.request.raw, self.weights.text) if self.weights.says_more else "",
+            schedule="" if self.request.schedule is None else str(self.request.schedule),
         )
 
 
@@ -111,10 +129,18 @@ class Resolver:
             PrefuseError: If the file can not be read, or it or its block weights do not fit the model.
         """
         match = self._match(entry, request.dyn)
-        weights = BlockWeights()
-        if request.blocks is not None:
-            weights = request.blocks.resolve(self._presets.read(), self._blocks)
+        weights = self._weights(request)
         return ResolvedLora(request, entry, match, _scale(request, weights, match), weights)
+
+    def _weights(self, request: LoraRequest) -> BlockWeights:
+        if request.blocks is None:
+            return BlockWeights()
+        presets = self._presets.read()
+        try:
+            return request.blocks.resolve(presets, self._blocks)
+        except TagError as error:
+            reasons = "; ".join((str(error), *self._presets.notes))
+            raise TagError(f"{shorten(request.name)} is not applied: {reasons}") from error
 
     def plan(self, loras: Sequence[ResolvedLora], compat: Compat) -> FusePlan:
         """What LoRAs make of the model, as `plan_of`; the last plan is kept for a request that comes again."""
@@ -126,9 +152,8 @@ class Resolver:
     def preview(self, parsed: ParsedPrompt, mode: str) -> SessionReport:
         """What a session would apply and refuse."""
         loras, refused = self.resolve(parsed)
-        notes = dict.fromkeys(note for lora in loras for note in lora.notes())
         applied = tuple(lora.applied() for lora in loras)
-        return SessionReport(parsed.text, applied, tuple(refused), tuple(notes), mode=mode)
+        return SessionReport(parsed.text, applied, tuple(refused), notes_of(loras), mode=mode)
 
     def trim(self, used: Sequence[ResolvedLora], idle_bytes: int = IDLE_BYTES) -> None:
         """Forget the networks that were not used for longest, until those not in `used` fit `idle_bytes`."""
@@ -161,6 +186,12 @@ class Resolver:
         return self._matches[network.uid]
 
 
+def notes_of(loras: Iterable[ResolvedLora], done: Iterable[ApplyReport] = ()) -> tuple[str, ...]:
+    """What is to be told of LoRAs and of their application, each sentence once."""
+    notes = [note for lora in loras for note in lora.notes()]
+    return tuple(dict.fromkeys([*notes, *(note for report in done for note in report.notes)]))
+
+
 def plan_of(loras: Sequence[ResolvedLora], compat: Compat) -> FusePlan:
     """What the LoRAs of a request make of the model."""
     return make_plan(_plan_inputs(loras, compat), compat)
@@ -174,9 +205,8 @@ def _plan_inputs(loras: Sequence[ResolvedLora], compat: Compat) -> list[tuple[Ma
 
 def _scale(request: LoraRequest, weights: BlockWeights, match: Match) -> Scale:
     """Strengths and block weights of a request's LoRA."""
-    if not weights.text:
-        return Scale(request.te, request.unet)
-    return Scale(request.te, request.unet, layers={layer.key: _weight(weights, layer) for layer, _ in match.layers})
+    layers = {layer.key: _weight(weights, layer) for layer, _ in match.layers} if weights.text else {}
+    return Scale(*request.strengths(), layers)
 
 
 def _weight(weights: BlockWeights, layer: LayerRef) -> float:

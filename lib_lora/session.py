@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lib_lora.applying import Applier
 from lib_lora.catalog import LoraCatalog
 from lib_lora.core.base_store import choose_store
 from lib_lora.core.blocks import OUTSIDE
 from lib_lora.core.checkpoint import layer_tensors
-from lib_lora.core.division import divide
-from lib_lora.core.hooks import HookedLayers
 from lib_lora.core.keymap import KeyMap
 from lib_lora.core.memory import return_memory
 from lib_lora.core.norms import delta_norm, shares
-from lib_lora.core.patch_state import STATE_ATTRIBUTE, ApplyReport
+from lib_lora.core.patch_state import STATE_ATTRIBUTE
 from lib_lora.core.patcher import ModelPatcher
-from lib_lora.errors import ForeignWriteError, ModelError, NetworkError, UnknownLoraError
+from lib_lora.errors import ForeignWriteError, ModelError, UnknownLoraError
 from lib_lora.pipelines import pipeline_components
 from lib_lora.presets import PresetFiles
 from lib_lora.prompt.tags import parse_request
-from lib_lora.report import RefusedLora, SessionReport
-from lib_lora.resolve import IDLE_BYTES, Resolver, plan_of
+from lib_lora.report import SessionReport
+from lib_lora.resolve import IDLE_BYTES, Resolver, notes_of, plan_of
 from lib_lora.tuning import Slider
 
 if TYPE_CHECKING:
@@ -37,10 +36,10 @@ if TYPE_CHECKING:
     from lib_lora.core.base_store import StoreKind
     from lib_lora.core.layers import LayerRef
     from lib_lora.core.models import BaseModel
-    from lib_lora.core.patch_state import Rounding
+    from lib_lora.core.patch_state import ApplyReport, Rounding
     from lib_lora.core.plan import Compat, FusePlan
     from lib_lora.prompt.tags import ParsedPrompt, Request
-    from lib_lora.report import AppliedLora
+    from lib_lora.report import AppliedLora, RefusedLora
     from lib_lora.resolve import ResolvedLora
 
 Mode = Literal["prefuse", "hook"]
@@ -96,11 +95,10 @@ class LoraSession:
         mapped = layer_tensors(self.keymap.parameters, files) if files and store in ("auto", "checkpoint") else None
         weights = [layer.live() for layer in self.keymap.parameters]
         self._patcher = ModelPatcher(components, choose_store(store, weights, mapped), fp8_rounding)
-        self._hooks = HookedLayers()
+        self._applier = Applier(self._patcher, on_weights_changed)
         self._components = dict(components)
         self._mode: Mode = mode
         self._compat: Compat = compat
-        self._on_weights_changed = on_weights_changed
         self._resolver = Resolver(catalog, self.keymap, presets or PresetFiles(catalog.folders))
         self._loras: list[ResolvedLora] = []
         self._lock = threading.RLock()
@@ -167,7 +165,7 @@ class LoraSession:
     @property
     def applied_key(self) -> str:
         """Names everything that decides the weights now; equal keys mean equal pictures."""
-        return "|".join(filter(None, (self._patcher.applied_key, self._hooks.applied_key)))
+        return self._applier.key
 
     @property
     def mode(self) -> Mode:
@@ -217,6 +215,28 @@ class LoraSession:
         with self._lock:
             return self._resolver.preview(parse_request(request), self._mode)
 
+    def advance(self, step: int, steps: int) -> None:
+        """Bring strengths that are scheduled to a step of the pass that `set` began; nothing is done if none moves.
+
+        To be called before each step: ``start=5`` takes effect in the step that is called 5. Prompts are encoded
+        before step 0, so text encoders stay as they are.
+
+        Args:
+            step: Counted from 0.
+            steps: How many the pass has.
+
+        Raises:
+            ApplyError: As by `set`.
+        """
+        with self._lock:
+            loras = [lora.at(step, steps) for lora in self._loras]
+            if all(now is before for now, before in zip(loras, self._loras, strict=True)):
+                return
+            start, refused = time.perf_counter(), list(self._report.refused)
+            self._apply(loras, refused)
+            self._loras = loras
+            self._report = self._report.moved((time.perf_counter() - start) * 1e3, refused)
+
     @contextmanager
     def tuning(self, name: str) -> Generator[Callable[[float], None]]:
         """Change the strength of one active LoRA again and again, at the cost of its own rank: for a slider.
@@ -245,7 +265,7 @@ class LoraSession:
                 moving = slider.move(strength)
                 if previews:
                     self._patcher.tune(moving)
-                    self._tell(slider.layers)
+                    self._applier.tell(slider.layers)
                 else:
                     self._set(slider.parsed)
 
@@ -271,7 +291,7 @@ class LoraSession:
     def abandon(self) -> None:
         """Forget what was fused and write nothing, for the host loaded other weights. This session is over then."""
         with self._lock:
-            self._hooks.clear()
+            self._applier.hooks.clear()
             self._resolver.clear()
             self._loras = []
             for module in self._components.values():
@@ -281,22 +301,15 @@ class LoraSession:
     def _set(self, parsed: ParsedPrompt) -> SessionReport:
         start = time.perf_counter()
         loras, refused = self._resolver.resolve(parsed)
-        try:
-            plan, done = self._apply(loras, refused)
-        except ForeignWriteError:
-            raise  # nothing was written: what was active still is
-        except BaseException:
-            self._back_to_base()
-            raise
+        plan, done = self._apply(loras, refused)
         self._resolver.trim(loras, self.cache_bytes)
         self._loras = loras
         written = sum(len(report.written) for report in done)
-        notes = [note for lora in loras for note in lora.notes()] + [note for report in done for note in report.notes]
         self._report = SessionReport(
             text=parsed.text,
             applied=tuple(lora.applied() for lora in loras),
             refused=tuple(refused),
-            notes=tuple(dict.fromkeys(notes)),
+            notes=notes_of(loras, done),
             milliseconds=(time.perf_counter() - start) * 1e3,
             layers_written=written,
             layers_restored=sum(len(report.restored) for report in done),
@@ -308,36 +321,22 @@ class LoraSession:
         return self._report
 
     def _apply(self, loras: list[ResolvedLora], refused: list[RefusedLora]) -> tuple[FusePlan, list[ApplyReport]]:
-        """Plan and write. A LoRA that would overflow a weight leaves `loras`, and the rest is planned again."""
-        while True:
-            plan = self._resolver.plan(loras, self._compat)
-            try:
-                parts = divide(plan, self._mode == "hook")
-                done = [
-                    self._patcher.apply(parts.fused),
-                    self._hooks.apply(parts.hooked),
-                    ApplyReport(notes=parts.notes),
-                ]
-            except NetworkError as error:
-                culprits = [lora for lora in loras if lora.network.uid == error.network]
-                if not culprits:
-                    raise
-                refused.extend(RefusedLora(lora.request.name, str(error)) for lora in culprits)
-                loras[:] = [lora for lora in loras if lora not in culprits]
-            else:
-                self._tell([layer for report in done for layer in (*report.written, *report.restored)])
-                return plan, done
+        def plan(loras: list[ResolvedLora]) -> FusePlan:
+            return self._resolver.plan(loras, self._compat)
+
+        try:
+            return self._applier.apply(loras, refused, plan, hook=self._mode == "hook")
+        except ForeignWriteError:
+            raise  # nothing was written: what was active still is
+        except BaseException:
+            self._back_to_base()
+            raise
 
     def _back_to_base(self) -> None:
-        self._hooks.clear()
         try:
-            self._patcher.restore()
+            self._applier.restore()
         finally:
             if not self._patcher.applied_key:  # else nothing could be done, and what was active still is
                 self._loras = []
                 self._report = SessionReport(mode=self._mode)
-        self._tell(self.keymap.parameters)
-
-    def _tell(self, layers: Sequence[LayerRef]) -> None:
-        if layers and self._on_weights_changed is not None:
-            self._on_weights_changed(layers)
+        self._applier.tell(self.keymap.parameters)

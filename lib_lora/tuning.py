@@ -53,7 +53,7 @@ class Slider:
         if problems := parse_numbers([(self._name, strength)]).problems:
             raise TagError(problems[0].message)
         requests = (
-            replace(request, te=strength, unet=strength) if request.name == self._name else request
+            replace(request, te=strength, unet=strength, schedule=None) if request.name == self._name else request
             for request in self.parsed.requests
         )
         self.parsed = replace(self.parsed, requests=tuple(requests))

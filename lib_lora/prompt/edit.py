@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lib_lora.prompt.block_weights import ARGUMENTS as BLOCK_ARGUMENTS
 from lib_lora.prompt.tags import TAG_NAMES, TAG_PATTERN
 
 
@@ -28,6 +29,13 @@ def change_tag(
     if te is not None or unet is not None:
         arguments = _with_strengths(arguments, te, unet)
     return f"{text[: match.start()]}<{match.group(1)}:{':'.join(arguments)}>{text[match.end() :]}"
+
+
+def with_block_weights(tag: str, weights: str) -> str:
+    """A LoRA tag with other block weights in it, as arguments; what else it says stays."""
+    kind, *arguments = tag.strip("<>").split(":")
+    kept = [one for one in arguments if not (_is_named(one) and one.partition("=")[0] in BLOCK_ARGUMENTS)]
+    return f"<{':'.join([kind, *kept, weights])}>"
 
 
 def _renamed(arguments: list[str], name: str) -> list[str]:

@@ -12,20 +12,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from lib_lora.errors import TagError
-from lib_lora.prompt.block_weights import ARGUMENTS, read_blocks
+from lib_lora.prompt import block_weights, schedule
+from lib_lora.prompt.block_weights import read_blocks
+from lib_lora.prompt.schedule import Curve, read_schedule, read_strength_or_curve
 from lib_lora.prompt.values import read_rank, read_strength, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from lib_lora.prompt.block_weights import BlockRequest
+    from lib_lora.prompt.schedule import Schedule
 
     Request: TypeAlias = "str | ParsedPrompt | Sequence[tuple[str, float] | tuple[str, float, float]]"
 
 TAG_NAMES = frozenset({"lora", "lyco"})
 TAG_PATTERN = re.compile(r"<(\w+):([^>]+)>")
 _UNWRITABLE = re.compile("[:>\x00-\x1f\x7f\ud800-\udfff]")
-_READ_NAMES = frozenset({"te", "unet", "dyn"}) | ARGUMENTS
+_STRENGTHS = frozenset({"te", "unet", "hr", "hrte", "hrunet"})
+_READ_NAMES = _STRENGTHS | {"dyn"} | block_weights.ARGUMENTS | schedule.ARGUMENTS
 _POSITIONS = 4
 
 
@@ -35,12 +39,13 @@ class LoraRequest:
 
     Attributes:
         name: As written: neither stripped nor looked up yet.
-        te: Strength of the text encoders.
-        unet: Strength of the UNet.
+        te: Strength of the text encoders; of a curve, its value in step 0.
+        unet: Strength of the UNet; of a curve, its value in step 0.
         dyn: How many ranks of each layer to use, or None for all.
         raw: The whole tag.
         ignored: Arguments that this version gives no meaning, as written.
         blocks: Block weights, or None for 1 everywhere.
+        schedule: How the strengths change in time, or None if they do not.
     """
 
     name: str
@@ -50,6 +55,18 @@ class LoraRequest:
     raw: str = ""
     ignored: tuple[str, ...] = ()
     blocks: BlockRequest | None = None
+    schedule: Schedule | None = None
+
+    def strengths(self, step: int = 0, steps: int = 1) -> tuple[float, float]:
+        """Strengths of the text encoders and of the UNet in `step` of `steps`.
+
+        Prompts are encoded once, before step 0, so the first is that of step 0 always.
+        """
+        if self.schedule is None:
+            return self.te, self.unet
+        te = self.te if self.schedule.is_on(0, steps) else 0.0
+        unet = self.unet if self.schedule.unet is None else self.schedule.unet.at(step, steps)
+        return te, unet if self.schedule.is_on(step, steps) else 0.0
 
 
 @dataclass(frozen=True)
@@ -80,12 +97,13 @@ class ParsedPrompt:
     problems: tuple[TagProblem, ...] = ()
 
 
-def parse_prompt(text: str, seed: int = 0) -> ParsedPrompt:
+def parse_prompt(text: str, seed: int = 0, *, hires: bool = False) -> ParsedPrompt:
     """Take ``<lora:…>`` and ``<lyco:…>`` out of a prompt; never raises, linear in the length of `text`.
 
     Args:
         text: A prompt.
         seed: Of the picture; random block weights are drawn from it.
+        hires: Whether it is for the hires pass, which can have its own strengths.
 
     Source: modules/extra_networks.py and extensions-builtin/Lora of the WebUI 1.10.1, whose results these are.
     """
@@ -97,7 +115,7 @@ def parse_prompt(text: str, seed: int = 0) -> ParsedPrompt:
         if kind not in TAG_NAMES:
             return raw
         try:
-            requests.append(_read_arguments(raw, arguments, seed))
+            requests.append(_read_arguments(raw, arguments, seed, hires))
         except TagError as fault:
             problems.append(_problem(raw, fault))
         return ""
@@ -121,12 +139,15 @@ def parse_numbers(loras: Iterable[Sequence[str | float]]) -> ParsedPrompt:
     return ParsedPrompt("", tuple(requests), tuple(problems))
 
 
-def parse_arguments(tags: Iterable[tuple[Sequence[object], Mapping[str, object]]], seed: int = 0) -> ParsedPrompt:
+def parse_arguments(
+    tags: Iterable[tuple[Sequence[object], Mapping[str, object]]], seed: int = 0, *, hires: bool = False
+) -> ParsedPrompt:
     """Requests from tags that a host has split already, by the same rules as `parse_prompt`.
 
     Args:
         tags: Positional and named arguments of each; values may be numbers.
         seed: As for `parse_prompt`.
+        hires: As there.
     """
     requests: list[LoraRequest] = []
     problems: list[TagProblem] = []
@@ -136,7 +157,7 @@ def parse_arguments(tags: Iterable[tuple[Sequence[object], Mapping[str, object]]
         raw = f"<lora:{':'.join([*texts, *(f'{key}={value}' for key, value in pairs.items())])}>"
         ignored = [f"{key}={value}" for key, value in pairs.items() if key not in _READ_NAMES]
         try:
-            requests.append(_request(raw, texts, pairs, (*ignored, *texts[_POSITIONS:]), seed))
+            requests.append(_request(raw, texts, pairs, (*ignored, *texts[_POSITIONS:]), seed, hires))
         except TagError as fault:
             problems.append(_problem(raw, fault))
     return ParsedPrompt("", tuple(requests), tuple(problems))
@@ -163,7 +184,7 @@ def _problem(raw: str, fault: TagError) -> TagProblem:
     return TagProblem(raw, f"{shorten(raw)} is not applied: {fault}")
 
 
-def _read_arguments(raw: str, arguments: str, seed: int) -> LoraRequest:
+def _read_arguments(raw: str, arguments: str, seed: int, hires: bool) -> LoraRequest:
     positional: list[str] = []
     named: dict[str, str] = {}
     ignored: list[str] = []
@@ -175,24 +196,42 @@ def _read_arguments(raw: str, arguments: str, seed: int) -> LoraRequest:
             named[key] = values[0]
         else:
             ignored.append(argument)
-    return _request(raw, positional, named, (*ignored, *positional[_POSITIONS:]), seed)
+    return _request(raw, positional, named, (*ignored, *positional[_POSITIONS:]), seed, hires)
 
 
 def _request(
-    raw: str, positional: list[str], named: dict[str, str], ignored: tuple[str, ...], seed: int
+    raw: str, positional: list[str], named: dict[str, str], ignored: tuple[str, ...], seed: int, hires: bool
 ) -> LoraRequest:
     """The values of a tag: defaults, then positions, then names, which win."""
     if not positional or not positional[0]:
         raise TagError("it names no LoRA; write <lora:NAME:0.8>")
     name = positional[0]
-    te = read_strength("te", positional[1]) if len(positional) > 1 else 1.0
-    te = read_strength("te", named["te"]) if "te" in named else te
-    unet = read_strength("unet", positional[2]) if len(positional) > 2 else te
-    unet = read_strength("unet", named["unet"]) if "unet" in named else unet
+    te, unet = _strengths(positional, named, hires)
     dyn = read_rank(positional[3]) if len(positional) > 3 else None
     dyn = read_rank(named["dyn"]) if "dyn" in named else dyn
-    blocks = read_blocks(named, x=positional[3] if len(positional) > 3 else "1", seed=f"{seed}:{name}")
-    return LoraRequest(name, te, unet, dyn, raw, ignored, blocks)
+    return LoraRequest(
+        name=name,
+        te=te.at(0, 1) if isinstance(te, Curve) else te,
+        unet=unet.at(0, 1) if isinstance(unet, Curve) else unet,
+        dyn=dyn,
+        raw=raw,
+        ignored=ignored,
+        blocks=read_blocks(named, x=positional[3] if len(positional) > 3 else "1", seed=f"{seed}:{name}"),
+        schedule=read_schedule(named, te, unet),
+    )
+
+
+def _strengths(positional: Sequence[str], named: Mapping[str, str], hires: bool) -> tuple[float | Curve, float | Curve]:
+    """Strengths of the text encoders and of the UNet; in the hires pass its own, which are the first's by default."""
+    read = {
+        name: read_strength_or_curve(name, text) for name, text in zip(("te", "unet"), positional[1:3], strict=False)
+    }
+    read |= {name: read_strength_or_curve(name, named[name]) for name in named if name in _STRENGTHS}
+    te = read.get("te", 1.0)
+    unet = read.get("unet", te)
+    if not hires:
+        return te, unet
+    return read.get("hrte", read.get("hr", te)), read.get("hrunet", read.get("hr", unet))
 
 
 def _read_tuple(lora: Sequence[str | float], raw: str) -> LoraRequest:

@@ -173,7 +173,7 @@ def test_a_seed_repeats_the_drawn_weights_and_the_resolved_tag_needs_no_seed(ses
     write_lora(tmp_path / "ink.safetensors", lierla(keymap), seed=1)
     tag = f"<lora:ink:0.8:0.5:dyn=3:lbw={'R,' * 16}U>"
     session.set(parse_prompt(tag, seed=1))
-    first, resolved = weights(pipe), session.active[0].tag
+    first, resolved = weights(pipe), session.active[0].resolved
     session.set(parse_prompt(tag, seed=2))
     assert weights(pipe) != first
     session.set(parse_prompt(resolved, seed=3))
@@ -199,7 +199,7 @@ def test_the_report_tells_the_weights(session, keymap, tmp_path):
     text = "lbw=1,0,0,0,1,1,1,0,0,0,0,0,0,0,0,0,0:in=0.5"
     assert report.applied[0].weights == text
     assert f"ink at 0.8, {text}: LoRA rank 4, 210 of 210 layers" in str(report)
-    assert report.applied[0].tag == f"<lora:ink:0.8:0.8:{text}>"
+    assert report.applied[0].resolved == f"<lora:ink:0.8:{text}>"
 
 
 def test_a_slider_keeps_the_block_weights(session, pipe, keymap, tmp_path):

@@ -109,7 +109,7 @@ def _generate(loaded: LoadedModel, session: LoraSession, request: GenerateReques
     image = _draw(loaded, request, report.text, seed)
     names = [lora.name for lora in report.applied]
     hashes = session.catalog.lora_hashes([session.catalog.find(name) for name in names], names)
-    resolved = " ".join(lora.tag for lora in report.applied if lora.says_more)
+    resolved = " ".join(lora.resolved for lora in report.applied if lora.resolved)
     loras = {"Lora hashes": hashes, "Lora resolved": resolved}
     return GeneratedImage(image, _infotext(loaded, request, image, seed, loras), report)
 

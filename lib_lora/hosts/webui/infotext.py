@@ -49,7 +49,7 @@ def write_infotext(p: Any, report: SessionReport, hashes: Mapping[str, str], set
     renamed = {lora.name: lora.path.stem for lora in report.applied if lora.path.stem != lora.name}
     _put(p, FILES_FIELD, ", ".join(f"{infotext_name(name)}: {infotext_name(file)}" for name, file in renamed.items()))
     known = p.extra_generation_params.get(RESOLVED_FIELD, "") if getattr(p, "is_hr_pass", False) else ""
-    resolved = [lora.tag for lora in report.applied if lora.says_more and lora.tag not in known]
+    resolved = [lora.resolved for lora in report.applied if lora.resolved and lora.resolved not in known]
     _put(p, RESOLVED_FIELD, " ".join([known, *resolved]).strip())
     _put(p, COMPAT_FIELD, settings.compat if report.applied and settings.compat != "exact" else "")
 
