@@ -145,9 +145,10 @@ def digest(*modules: nn.Module) -> str:
     """Hash of every bit of all parameters and buffers."""
     sha = hashlib.sha256()
     for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            sha.update(name.encode())
-            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        names, tensors = zip(*sorted(module.state_dict().items()), strict=True)
+        sha.update("\n".join(names).encode())
+        pieces = [tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in tensors]
+        sha.update(torch.cat(pieces).numpy())
     return sha.hexdigest()
 
 
