@@ -13,6 +13,7 @@ import torch
 
 from lib_lora.core.clip_names import CLIP_BLOCKS, OPEN_CLIP, OPEN_CLIP_BLOCKS, OPEN_CLIP_QKV
 from lib_lora.core.saving import LazyTensor
+from lib_lora.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -55,6 +56,9 @@ def original_tensors(tower: TextTower, tensors: Mapping[str, Tensor]) -> dict[st
     Args:
         tower: Which encoder.
         tensors: By their names in transformers, with ``text_model.`` as in version 4 or without.
+
+    Raises:
+        ModelError: If q, k and v of a layer are not all there.
     """
     own = {name.removeprefix(TEXT_MODEL): tensor for name, tensor in tensors.items() if not name.endswith(_CONSTANT)}
     if tower.layout == "clip":
@@ -99,13 +103,16 @@ def _to_open_clip(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor |
             path, _, kind = layer[2].rpartition(".")
             block = f"{OPEN_CLIP_BLOCKS}{layer[1]}"
             if path == _QKV[0]:
-                parts = [tensors[f"{CLIP_BLOCKS}{layer[1]}.{part}.{kind}"] for part in _QKV]
-                yield f"{block}.{OPEN_CLIP_QKV}_{kind}", _stacked(parts)
+                names = [f"{CLIP_BLOCKS}{layer[1]}.{part}.{kind}" for part in _QKV]
+                yield f"{block}.{OPEN_CLIP_QKV}_{kind}", _stacked(names, tensors)
             for theirs, ours in OPEN_CLIP:
                 if path == ours:
                     yield f"{block}.{theirs}.{kind}", tensor
 
 
-def _stacked(parts: list[Tensor]) -> LazyTensor:
+def _stacked(names: list[str], tensors: Mapping[str, Tensor]) -> LazyTensor:
+    if missing := [name for name in names if name not in tensors]:
+        raise ModelError(f"the text encoder lacks {missing[0]}, the model is not complete")
+    parts = [tensors[name] for name in names]
     shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
     return LazyTensor(parts[0].dtype, shape, partial(torch.cat, parts))

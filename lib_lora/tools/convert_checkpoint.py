@@ -11,18 +11,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
-from lib_lora.core.ldm_names import diffusers_to_ldm, ldm_to_diffusers, translate
 from lib_lora.core.model_folder import MappedFiles, weight_files
+from lib_lora.core.model_layouts import all_original_tensors, diffusers_parts, family_of
 from lib_lora.core.models import BaseModel
 from lib_lora.core.opening import shown
 from lib_lora.core.replacing import making_folder
 from lib_lora.core.saving import check_output, no_progress, save_bytes, save_tensors
-from lib_lora.core.single_file import CONFIGS, FAMILIES, UNET_PREFIX, VAE_PREFIX, Family, recognise
-from lib_lora.core.text_towers import TEXT_MODEL, original_tensors, tower_tensors
-from lib_lora.core.vae_names import PARTS as VAE_PARTS
-from lib_lora.core.vae_names import vae_to_diffusers, vae_to_ldm
+from lib_lora.core.single_file import CONFIGS, Family, recognise
 from lib_lora.errors import ModelError
 from lib_lora.tools.metadata import model_spec, usual_prediction
 
@@ -34,7 +29,6 @@ if TYPE_CHECKING:
 
     from lib_lora.core.saving import LazyTensor, Progress
 
-_CLIP_LAYER = f"{TEXT_MODEL}encoder.layers."
 _PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 _WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
 _V_PREDICTION = "v_prediction"
@@ -45,7 +39,6 @@ _ALL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _NEEDED = {"unet": ("block_out_channels",), "vae": ("block_out_channels",)}
 _TOWER = ("architectures", "num_hidden_layers")
 """What configurations must say: of the UNet and the VAE, and of a text encoder."""
-_CONVOLUTION = 4
 _SHOWN_PARTS = 5
 """Of names that are left out: enough for ``cond_stage_model.model.transformer.resblocks.23``."""
 _SIZES = (
@@ -115,7 +108,7 @@ def to_diffusers(
     family = recognise(_shapes(tensors), shown(source))
     folder = config or CONFIGS / family.config
     configs = {part: _read_json(folder / part / "config.json", _NEEDED.get(part, _TOWER)) for part in _parts(family)}
-    parts, used = _diffusers_parts(tensors, family, configs)
+    parts, used = diffusers_parts(tensors, family, configs)
     _check_fit(parts, configs, source, folder)
     scheduler = _read_json(folder / _SCHEDULER, ("_class_name",))
     said = "v" if "v_pred" in tensors else usual_prediction(BaseModel(family.title), files.metadata)
@@ -158,8 +151,8 @@ def to_single(
     names = [part for part in _ALL_PARTS if index.get(part) not in (None, [None, None])]
     files = {part: MappedFiles(weight_files(source / part, variant)) for part in names}
     parts = {part: mapped.tensors for part, mapped in files.items()}
-    family = _family_of(parts, source)
-    tensors, used = _original_tensors(parts, family)
+    family = family_of(parts, source)
+    tensors, used = all_original_tensors(parts, family)
     recognise(_shapes(tensors), shown(source))
     size = sum(tensor.nbytes for part in parts.values() for tensor in part.values())
     check_output(out, size, overwrite=overwrite)
@@ -190,39 +183,6 @@ def _shapes(tensors: Mapping[str, Tensor | LazyTensor]) -> dict[str, tuple[int, 
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)}
-
-
-def _diffusers_parts(
-    tensors: Mapping[str, Tensor], family: Family, configs: Mapping[str, Mapping[str, Any]]
-) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
-    """Part → its tensors under diffusers' names; and which of the checkpoint's tensors these are."""
-    unet, vae = _under(tensors, UNET_PREFIX), _under(tensors, VAE_PREFIX)
-    table = ldm_to_diffusers(unet)
-    paths = {name: path for name in unet if (path := translate(name, table))}
-    parts = {"unet": {path: unet[name] for name, path in paths.items()}, "vae": vae_to_diffusers(vae)}
-    used = {UNET_PREFIX + name for name in paths}
-    used |= {VAE_PREFIX + name for name in vae if name.partition(".")[0] in VAE_PARTS}
-    for tower in family.towers:
-        config = configs[tower.component]
-        own = parts.setdefault(tower.component, {})
-        for name in tensors:
-            made = tower_tensors(tower, {name: tensors[name]}) if name.startswith(tower.prefix) else {}
-            kept = {path: tensor for path, tensor in made.items() if _in_tower(path, config)}
-            own |= kept
-            used |= {name} if kept else set()
-    return parts, used
-
-
-def _in_tower(path: str, config: Mapping[str, Any]) -> bool:
-    """Whether transformers' model of this configuration has a weight of this name."""
-    if not path.startswith(TEXT_MODEL):
-        return any("WithProjection" in name for name in config["architectures"])
-    layer = path.removeprefix(_CLIP_LAYER).partition(".")[0] if path.startswith(_CLIP_LAYER) else "0"
-    return int(layer) < config["num_hidden_layers"]
-
-
 def _check_fit(
     parts: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Mapping[str, Any]], source: Path, folder: Path
 ) -> None:
@@ -239,40 +199,6 @@ def _check_fit(
                     f"{shown(source)}: {ending} of the {part} has the size {min(found)}, the configuration in {folder} "
                     f"says {key} {expected}; give the model's own with --config"
                 )
-
-
-def _family_of(parts: Mapping[str, Mapping[str, Tensor]], source: Path) -> Family:
-    """Told by the second text encoder, and by the layers that frame SD2's and SD1's attention."""
-    frames = [tensor for name, tensor in parts.get("unet", {}).items() if name.endswith(".proj_in.weight")]
-    missing = [part for part in ("unet", "vae", "text_encoder") if part not in parts]
-    if missing or not frames:
-        raise ModelError(f"{shown(source)} is no SD1, SD2 or SDXL model: it has no {(missing or ['attention'])[0]}")
-    name = "sdxl" if "text_encoder_2" in parts else "sd1" if frames[0].ndim == _CONVOLUTION else "sd2"
-    return next(family for family in FAMILIES if family.config == name)
-
-
-def _original_tensors(
-    parts: Mapping[str, Mapping[str, Tensor]], family: Family
-) -> tuple[dict[str, Tensor | LazyTensor], set[str]]:
-    """Tensors under the original names; and ``part.name`` of those that have one."""
-    table = diffusers_to_ldm(parts["unet"])
-    paths = {name: path for name in parts["unet"] if (path := translate(name, table))}
-    tensors: dict[str, Tensor | LazyTensor] = {UNET_PREFIX + path: parts["unet"][name] for name, path in paths.items()}
-    tensors |= {VAE_PREFIX + name: tensor for name, tensor in vae_to_ldm(parts["vae"]).items()}
-    used = {f"unet.{name}" for name in paths}
-    used |= {f"vae.{name}" for name in parts["vae"] if name.partition(".")[0] in VAE_PARTS}
-    for tower in family.towers:
-        originals = original_tensors(tower, parts[tower.component])
-        tensors |= originals
-        back = tower_tensors(tower, {name: _as_tensor(tensor) for name, tensor in originals.items()})
-        kept = {path.removeprefix(TEXT_MODEL) for path in back}
-        used |= {f"{tower.component}.{n}" for n in parts[tower.component] if n.removeprefix(TEXT_MODEL) in kept}
-    return tensors, used
-
-
-def _as_tensor(tensor: Tensor | LazyTensor) -> Tensor:
-    """A tensor of the same shape that takes no memory."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _model_index(

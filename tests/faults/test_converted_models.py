@@ -97,7 +97,12 @@ def inpaint(folder: Path) -> None:
     save_tensors(file, load_file(file) | {"conv_in.weight": torch.zeros(4, 9, 3, 3)}, overwrite=True)
 
 
+def have_no_class(folder: Path) -> None:
+    (folder / "model_index.json").write_text('{"unet": 5, "vae": "x", "text_encoder": [], "text_encoder_2": {}}')
+
+
 FOLDERS = {
+    have_no_class: "text_encoder_2 holds no",
     break_index: "model_index.json can not be read",
     lose_index: "model_index.json can not be read",
     list_index: "holds no JSON object",
@@ -148,13 +153,17 @@ def test_a_file_of_another_size_than_the_configuration_is_refused_with_the_numbe
     assert not list(out.parent.iterdir())
 
 
-def test_a_web_page_and_a_configuration_that_is_none_are_refused(file, out, tmp_path):
+def test_a_web_page_and_a_configuration_that_is_none_are_refused(tiny, file, out, tmp_path):
     page = tmp_path / "page.safetensors"
     page.write_bytes(b"<!DOCTYPE html><html></html>")
     with pytest.raises(ForeignFileError):
         to_diffusers(page, out)
     with pytest.raises(ModelError, match="can not be read as a configuration"):
         to_diffusers(file, out, config=tmp_path)
+    shutil.copytree(tiny.config, tmp_path / "config")
+    (tmp_path / "config/text_encoder/config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no complete configuration: it has no architectures"):
+        to_diffusers(file, out, config=tmp_path / "config")
     assert not list(out.parent.iterdir())
 
 
