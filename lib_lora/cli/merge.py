@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
     """Merge LoRAs into a checkpoint, as the prompt would have fused them."""
     # Between two products torch's threads have to wait for one that copies; by default they would spin meanwhile.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from lib_lora.presets import PresetFiles
     from lib_lora.tools.merge import merge_loras
 
     with bar("merging") as progress:
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
             precision=arguments.precision,
             save_precision=arguments.save_precision,
             device=arguments.device,
+            presets=PresetFiles(_folders(arguments)) if arguments.prompt else None,
             hashed=arguments.hash,
             overwrite=arguments.force,
             preview=arguments.dry_run,
@@ -68,8 +70,12 @@ def _loras(arguments: argparse.Namespace) -> list[GivenLora]:
 
     if arguments.lora:
         return given_files(arguments.lora)
-    folders = arguments.lora_dir or [Path("loras")]
+    folders = _folders(arguments)
     missing = [folder for folder in folders if not folder.is_dir()]
     if missing:
         raise ModelError(f"There is no LoRA folder {missing[0]}.")
     return prompted_loras(arguments.prompt, LoraCatalog(folders))
+
+
+def _folders(arguments: argparse.Namespace) -> list[Path]:
+    return arguments.lora_dir or [Path("loras")]

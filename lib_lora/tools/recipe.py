@@ -47,6 +47,7 @@ def make_recipe(
             "unet": lora.request.unet,
             "tag": lora.request.raw,
         }
+        | ({"weights": lora.weights.text} if lora.weights.text else {})
         for lora in loras
     ]
     return {

@@ -36,6 +36,11 @@ def merge(model: Path, loras: list[str], out: Path, **options):
     return merge_loras(model, given_files(loras), out, **options)
 
 
+def report_tensor(report, name: str) -> torch.Tensor:
+    with safe_open(report.out, "pt") as file:
+        return file.get_tensor(name)
+
+
 def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
         return file.metadata()
@@ -116,6 +121,15 @@ def test_a_wide_checkpoint_is_rounded_once_to_a_narrow_one(tmp_path, dtype):
         assert torch.equal(tensor, wide[name].to(tensor.dtype)), name
 
 
+def test_presets_beside_a_lora_are_found(tmp_path):
+    shutil.copy(HERE / "lora_A.safetensors", tmp_path / "a.safetensors")
+    (tmp_path / "lbwpresets.txt").write_text("MINE:1,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0\n")
+    report = merge(BASE, [f"{tmp_path / 'a.safetensors'}:1:lbw=MINE"], tmp_path / "out.safetensors")
+    changed = {name for name, tensor in load_file(BASE).items() if not torch.equal(tensor, report_tensor(report, name))}
+    assert len(changed) == report.layers == 18
+    assert all(name.startswith("cond_stage_model.") for name in changed)
+
+
 # The rest of the file
 
 
@@ -161,6 +175,7 @@ def test_the_recipe_names_files_hashes_and_strengths(tmp_path):
     assert len(recipe["model"]["sha256"]["base.safetensors"]) == 64
     assert (made["file"], made["te"], made["unet"]) == ("lora_A.safetensors", 0.8, 0.5)
     assert made["sha256"] == metadata_of(lora)["sshs_model_hash"] == data_sha256(lora)
+    assert made["weights"] == "lbw=1,0,0,0,1,1,1,1,1,1,1,1,0,0,0,0,0"
     assert made["tag"] == "<lora:lora_A:0.8:0.5:lbw=MIDD>"
     assert (recipe["precision"], recipe["save_precision"]) == ("bf16", "as in the model")
 
@@ -243,6 +258,8 @@ def test_weights_of_a_folder_that_would_not_be_merged_are_left_out_and_named(tmp
     shutil.copytree(original, model)
     (model / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"old")
     (model / "v1-5.safetensors").write_bytes(b"old")
+    (model / ".git" / "lfs").mkdir(parents=True)
+    (model / ".git" / "lfs" / "object").write_bytes(b"old")
     lora = write_mixed_lora(tmp_path / "a.safetensors", {"unet": tiny.parts["unet"]}, every=9)
     report = merge(model, [str(lora)], tmp_path / "merged")
     assert relative_files(tmp_path / "merged").keys() == relative_files(original).keys()

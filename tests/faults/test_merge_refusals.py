@@ -176,7 +176,7 @@ OUTPUTS = {
     "in no folder": (lambda f: f / "none" / "a.safetensors", "the folder none can not be written to"),
     "in a system's folder": (lambda _: Path("/proc/a.safetensors"), "the folder proc can not be written to"),
     "of another kind": (lambda f: f / "a.ckpt", "is a .safetensors file"),
-    "the model": (lambda f: f / "model.safetensors", "is the model itself"),
+    "the model": (lambda f: f / "model.safetensors", "is what is merged itself"),
 }
 
 
@@ -191,6 +191,12 @@ def test_an_output_that_can_not_be_is_told_before_the_work(out, capsys, monkeypa
     before = snapshot(out.parent)
     assert message in refusal(capsys, model, LORA, target, *(["--force"] if force else []))
     assert snapshot(out.parent) == before
+
+
+def test_a_lora_is_not_replaced_by_what_it_is_merged_into(out, capsys):
+    own = Path(shutil.copy(LORA, out))
+    assert "is what is merged itself" in refusal(capsys, BASE, own, out, "--force")
+    assert out.read_bytes() == LORA.read_bytes()
 
 
 @posix_only
