@@ -146,13 +146,13 @@ def modules(pipeline) -> dict[str, nn.Module]:
 
 def loaded_deltas(pipeline, path: Path) -> dict[str, torch.Tensor]:
     """`LayerRef.key` → ΔW that PEFT makes after diffusers has loaded a file."""
-    pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="a")
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="ink")
     try:
         return {
-            f"{COMPONENTS[part]}.{name.removeprefix('text_model.')}": layer.get_delta_weight("a").detach()
+            f"{COMPONENTS[part]}.{name.removeprefix('text_model.')}": layer.get_delta_weight("ink").detach()
             for part, module in modules(pipeline).items()
             for name, layer in module.named_modules()
-            if hasattr(layer, "get_delta_weight") and "a" in getattr(layer, "lora_A", {})
+            if hasattr(layer, "get_delta_weight") and "ink" in getattr(layer, "lora_A", {})
         }
     finally:
         pipeline.unload_lora_weights()
@@ -215,12 +215,12 @@ def test_what_diffusers_saved_is_the_same_lora_in_kohyas_layout(models, tmp_path
     layers, texts, deltas = {}, {}, {}
     for part, module in copy.deepcopy(models["sd1"]).items():
         config = LoraConfig(target_modules=TARGETS[part], init_lora_weights=False, **settings)
-        module.add_adapter(config, adapter_name="a")
-        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(module, adapter_name="a")
+        module.add_adapter(config, adapter_name="ink")
+        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(module, adapter_name="ink")
         texts[f"{part}_lora_adapter_metadata"] = config.to_dict()
         for name, layer in module.named_modules():
             if hasattr(layer, "get_delta_weight"):
-                deltas[f"{COMPONENTS[part]}.{name.removeprefix('text_model.')}"] = layer.get_delta_weight("a").detach()
+                deltas[f"{COMPONENTS[part]}.{name.removeprefix('text_model.')}"] = layer.get_delta_weight("ink").detach()
     layers["text_encoder_lora_layers"] = convert_state_dict_to_diffusers(layers["text_encoder_lora_layers"])
     StableDiffusionPipeline.save_lora_weights(tmp_path, weight_name="peft.safetensors", **layers, **texts)
     convert_lora(tmp_path / "peft.safetensors", "kohya", tmp_path / "kohya.safetensors", family=BaseModel.SD1)
