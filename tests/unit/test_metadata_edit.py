@@ -146,6 +146,24 @@ def test_a_source_that_changes_meanwhile_is_noticed(file, tmp_path, rewrite):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@posix_only
+def test_a_disk_that_is_full_at_any_byte_leaves_the_old_file_alone(file, tmp_path):
+    import resource
+
+    before = snapshot(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes = range(0, file.stat().st_size, 40)
+    for size in sizes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            with pytest.raises(OutputError, match=r"odd\.safetensors was not saved: File too large"):
+                edit_metadata(file, {"a": "b"}, overwrite=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert snapshot(tmp_path) == before
+    assert len(sizes) > 10
+
+
 def test_a_cancelled_edit_leaves_the_folder_as_it_was(file, tmp_path):
     before = snapshot(tmp_path)
 
