@@ -16,7 +16,8 @@ _linalg: Any = torch.linalg  # has no types
 MOST_ERROR = 1.001
 """‖A - up @ down‖ is at most this times that of the best factors of the rank."""
 OVERSAMPLING = 8
-STEPS = 8
+STEPS, ATTEMPTS = 4, 2
+"""How often the Krylov space grows before it is tried, and how often it is."""
 SEED = 0
 GRAM_PARTS = 4
 # Of ‖A‖² · eps. What rounding adds to A Aᵀ, in the spectral norm, is 0.14 of it at most for matrices of many kinds.
@@ -84,7 +85,7 @@ def _leading_left(matrix: Tensor, rank: int) -> Tensor:
 
 
 def _leading_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
-    if 2 * (rank + OVERSAMPLING) * STEPS <= len(matrix):  # else the Krylov space costs as much as the whole
+    if 2 * (rank + OVERSAMPLING) * STEPS * ATTEMPTS <= len(matrix):  # else the Krylov space costs as much as the whole
         for dtype in (torch.float32, torch.float64):
             vectors = _proven_eigenvectors(_gram(matrix.to(dtype)), rank)
             if vectors is not None:
@@ -103,34 +104,38 @@ def _gram(matrix: Tensor) -> Tensor:
 
 
 def _proven_eigenvectors(gram: Tensor, rank: int) -> Tensor | None:
-    """Vectors of the largest eigenvalues of G; None where they are not good enough, or that can not be proven.
+    """Vectors of the largest eigenvalues of G, or None if none are found that are proven to be good enough.
 
-    For Ritz vectors V and their values θ: if G ≤ τI + V diag(s) Vᵀ for some s ≥ 0, then the largest eigenvalues of G
-    add up to rank · τ + Σs at most (Ky Fan 1949), for no vectors can miss more than that less Σθ. Both are chosen so
-    that this is what `MOST_ERROR` allows, and a Cholesky factorisation tells whether the inequality holds.
+    They are sought in a block Krylov space. Source: Musco and Musco, Randomized Block Krylov Methods for Stronger and
+    Faster Approximate Singular Value Decomposition, 2015.
     """
-    values, vectors = _ritz(gram, rank)
+    generator = torch.Generator().manual_seed(SEED)
+    block = torch.randn(len(gram), rank + OVERSAMPLING, generator=generator).to(gram)
+    blocks: list[Tensor] = []
+    for _ in range(ATTEMPTS):
+        for _ in range(STEPS):
+            block = _linalg.qr(gram @ block).Q
+            blocks.append(block)
+        basis = _linalg.qr(torch.cat(blocks, 1)).Q
+        values, rotation = _linalg.eigh(basis.t() @ (gram @ basis))
+        vectors = basis @ rotation[:, -rank:]
+        if _is_proven(gram, values[-rank:], vectors):
+            return vectors
+    return None
+
+
+def _is_proven(gram: Tensor, values: Tensor, vectors: Tensor) -> bool:
+    """Whether Ritz values θ, ascending, and vectors V of G are as good as `MOST_ERROR` asks for.
+
+    If G ≤ τI + V diag(s) Vᵀ for some s ≥ 0, then the largest eigenvalues of G add up to rank · τ + Σs at most (Ky Fan
+    1949), and V misses no more than that less Σθ. τ and s are chosen so that this is what is allowed, and a Cholesky
+    factorisation tells whether the inequality holds.
+    """
     whole = gram.diagonal().double().sum().item()
     missed = whole - values.double().sum().item()
-    slack = missed * (1 - MOST_ERROR**-2) / rank
+    slack = missed * (1 - MOST_ERROR**-2) / len(values)
     above = values - values[0] + slack / 2
     least = values[0].item() + slack / 2 - ROUNDING * torch.finfo(gram.dtype).eps * whole
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     difference = torch.addmm(least * unit - gram, vectors * above, vectors.t())
-    return None if _linalg.cholesky_ex(difference).info.item() else vectors
-
-
-def _ritz(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Approximations of the largest eigenvalues, ascending, and their vectors, from a block Krylov space.
-
-    Source: Musco and Musco, Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value
-    Decomposition, 2015.
-    """
-    generator = torch.Generator().manual_seed(SEED)
-    start = torch.randn(len(gram), rank + OVERSAMPLING, generator=generator).to(gram)
-    blocks: list[Tensor] = [start]
-    for _ in range(STEPS):
-        blocks.append(_linalg.qr(gram @ blocks[-1]).Q)
-    basis = _linalg.qr(torch.cat(blocks[1:], 1)).Q
-    values, rotation = _linalg.eigh(basis.t() @ (gram @ basis))
-    return values[-rank:], basis @ rotation[:, -rank:]
+    return _linalg.cholesky_ex(difference).info.item() == 0
