@@ -90,7 +90,7 @@ def _write_some(file: FileIO, data: memoryview) -> int:
         return file.write(data)
     except OSError as error:
         # Some file systems take whole sectors only, and others refuse what they had agreed to.
-        if error.errno == errno.EINVAL and bypass_cache(file, wanted=False):
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP) and bypass_cache(file, wanted=False):
             return file.write(data)
         raise
 
