@@ -81,4 +81,13 @@ def merged_metadata(
         spec.pop(_PREDICTION, None)
     new = {"modelspec.title", "modelspec.date", "modelspec.implementation_version", "modelspec.merged_from"}
     own = {key: text for key, text in spec.items() if key in new}
-    return {"format": "pt"} | spec | kept | own | {RECIPE_KEY: json.dumps(recipe, ensure_ascii=False)}
+    whole = {**recipe, "model": recipe["model"] | _earlier(source)}
+    return {"format": "pt"} | spec | kept | own | {RECIPE_KEY: json.dumps(whole, ensure_ascii=False)}
+
+
+def _earlier(source: Mapping[str, str]) -> dict[str, Any]:
+    """How the source was made, if it was merged itself."""
+    try:
+        return {"recipe": json.loads(source[RECIPE_KEY])}
+    except (KeyError, ValueError, RecursionError):
+        return {}

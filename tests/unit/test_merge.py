@@ -181,6 +181,14 @@ def test_the_recipe_names_files_hashes_and_strengths(tmp_path):
     assert (recipe["precision"], recipe["save_precision"]) == ("bf16", "as in the model")
 
 
+def test_a_merge_of_a_merge_tells_both_recipes(tmp_path):
+    for number, (model, lora) in enumerate([(BASE, "lora_A"), (tmp_path / "0.safetensors", "lora_B")]):
+        merge(model, [f"{HERE / lora}.safetensors"], tmp_path / f"{number}.safetensors")
+    recipe = json.loads(metadata_of(tmp_path / "1.safetensors")["prefuse.recipe"])
+    assert [lora["file"] for lora in recipe["loras"]] == ["lora_B.safetensors"]
+    assert [lora["file"] for lora in recipe["model"]["recipe"]["loras"]] == ["lora_A.safetensors"]
+
+
 def test_of_sd2_nothing_is_claimed_that_the_file_does_not_tell(tmp_path):
     tiny = make_tiny("sd2", tmp_path / "config")
     lora = write_mixed_lora(tmp_path / "a.safetensors", {"unet": tiny.parts["unet"]}, every=9)
