@@ -81,6 +81,8 @@ def extract(
     rule, dtype = RankRule(rank, conv_rank), dtype or torch.float32
     if clamp is not None and not 0 < clamp <= 1:
         raise JobError(f"the quantile to clamp at is {clamp}; choose one above 0 and up to 1, such as 0.99")
+    if not min_diff >= 0:
+        raise JobError(f"the smallest difference that counts is {min_diff}; choose 0 or more, such as {MIN_DIFF}")
     pair = open_pair(base, tuned, convolutions=conv_rank is not None)
     check_output(out, _size(pair, rule, dtype), overwrite=overwrite)
     place = _place(device)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import math
 
-import fullsize
 import pytest
 import torch
 from ldm_files import write_checkpoint
@@ -16,11 +14,8 @@ from tiny_pipelines import make_tiny, original_tensors
 
 from lib_lora.__main__ import main
 from lib_lora.catalog import LoraCatalog
-from lib_lora.core.header import TensorInfo, encode_header
-from lib_lora.core.lora_names import kohya_name
 from lib_lora.core.saving import save_tensors
 from lib_lora.errors import (
-    BaseModelMismatchError,
     FileError,
     JobError,
     ModelError,
@@ -29,7 +24,6 @@ from lib_lora.errors import (
     ShapeMismatchError,
 )
 from lib_lora.session import LoraSession
-from lib_lora.tools.difference import open_pair
 from lib_lora.tools.extract import extract
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -124,58 +118,6 @@ def test_both_layouts_give_the_same_file(models, tmp_path):
     first, second = (load_file(file) for file in files)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-def write_hollow(path, shapes):
-    """A checkpoint of real size that takes no room on the disk: all its numbers are holes."""
-    tensors, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        tensors[name] = TensorInfo(torch.float16, tuple(shape), begin, end)
-    header = encode_header(tensors, {})
-    with path.open("wb") as file:
-        file.write(header)
-        file.truncate(len(header) + end)
-    return path
-
-
-@pytest.fixture(scope="module")
-def hollow(tmp_path_factory):
-    """family → a single file of real size; SD2's with the last layer that open_clip's files have."""
-    folder = tmp_path_factory.mktemp("hollow")
-    shapes = {family: dict(fullsize.single_file(family)) for family in FAMILIES}
-    shapes["sd2"] |= {
-        name.replace("resblocks.22.", "resblocks.23."): shape
-        for name, shape in shapes["sd2"].items()
-        if "resblocks.22." in name
-    }
-    return {family: write_hollow(folder / f"{family}.safetensors", shapes[family]) for family in FAMILIES}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_layers_of_real_models_are_those_that_kohya_extracts(hollow, family):
-    for convolutions in (False, True):
-        pair = open_pair(hollow[family], hollow[family], convolutions=convolutions)
-        found = {kohya_name(layer.layer.key, pair.family): list(layer.layer.shape) for layer in pair.layers}
-        expected = fullsize.kohya_shapes(family)
-        lierla = fullsize.facts(f"{family}_lora_names")["lierla"]
-        assert found == (expected if convolutions else {name: expected[name] for name in lierla})
-
-
-@pytest.mark.parametrize("pair", list(itertools.permutations(FAMILIES, 2)))
-def test_models_of_different_families_are_refused_by_name(hollow, pair, tmp_path):
-    with pytest.raises(
-        BaseModelMismatchError, match=r"sd.+\.safetensors is SD.+ and sd.+\.safetensors is SD.+one family"
-    ):
-        extract(*(hollow[family] for family in pair), tmp_path / "out.safetensors", rank=4)
-    assert not list(tmp_path.iterdir())
-
-
-def test_families_whose_layers_are_not_known_are_refused(tmp_path):
-    shapes = {"double_blocks.0.img_attn.qkv.weight": (9216, 3072), "single_blocks.0.linear1.weight": (21504, 3072)}
-    flux = write_hollow(tmp_path / "flux.safetensors", shapes)
-    with pytest.raises(JobError, match="Flux; LoRAs can be extracted of SD1, SD2 and SDXL"):
-        extract(flux, flux, tmp_path / "out.safetensors", rank=4)
 
 
 def test_the_outcome_tells_rank_norm_and_error_of_each_layer(sd1, models):
@@ -282,6 +224,8 @@ FAULTS = {
     "clamp 0": (None, {"clamp": 0.0}, JobError, "quantile"),
     "clamp 2": (None, {"clamp": 2.0}, JobError, "quantile"),
     "clamp NaN": (None, {"clamp": math.nan}, JobError, "quantile"),
+    "min diff NaN": (None, {"min_diff": math.nan}, JobError, "smallest difference"),
+    "min diff -1": (None, {"min_diff": -1.0}, JobError, "smallest difference"),
     "no such device": (None, {"device": "warp"}, JobError, "device warp can not be used"),
 }
 
