@@ -36,7 +36,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="where to calculate: cpu, cuda, cuda:1, mps")
     add("--hash", action="store_true", help="put the model's SHA-256 into the recipe; it is read once more for that")
     add("--force", action="store_true", help="replace an existing file")
-    add("--dry-run", action="store_true", help="check everything and write nothing")
+    add("--dry-run", action="store_true", help="check files, names, shapes and places, and write nothing")
     add("--json", action="store_true")
 
 
