@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -21,6 +21,9 @@ from lib_lora.tools.merge import merge_loras
 from tests.golden.kohya_model import HERE, build
 from tests.merge_models import different_layers, write_as, write_mixed_lora
 from tests.tiny_pipelines import make_tiny, write_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.newest
 
