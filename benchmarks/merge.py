@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             del job.usages[0]  # the first round fills the page cache
         _round(peers, folder / "out.safetensors")
     columns = ("job", "wall", "of it after Python's start", "CPU time", "peak memory")
-    notes = (f"{size / 1e9:.2f} GB; medians of {len(one.usages)} rounds with quartiles; {PEER}: one",)
+    once = f"; {PEER}: one" if peers else ""
+    notes = (f"{size / 1e9:.2f} GB; medians of {len(one.usages)} rounds with quartiles{once}",)
     report.add(Table("Merge and save in fp16", columns, [job.cells() for job in jobs], notes), _claims(options, *jobs))
     report.save()
     return 0
