@@ -13,7 +13,6 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lib_lora.core.opening import reason_of, shown
@@ -23,8 +22,6 @@ from lib_lora.errors import FileError, JobError, OutputError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
-
-    from torch import Tensor
 
     from lib_lora.core.saving import Progress
 
@@ -265,19 +262,11 @@ def _open(path: Path) -> Image.Image:
     with opened:
         image = ImageOps.exif_transpose(opened) or opened
         if image.mode in _DEEP:
-            return _image(_numbers(image) / 257).convert("RGB")
+            return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
         if "A" not in image.getbands() and "transparency" not in image.info:
             return image.convert("RGB")
         layered = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
-
-
-def _numbers(image: Image.Image) -> Tensor:
-    return torch.as_tensor(np.array(image, np.float64))
-
-
-def _image(numbers: Tensor) -> Image.Image:
-    return Image.fromarray(numbers.round().clamp(0, 255).byte().numpy())
 
 
 def _shaped(image: Image.Image, resolution: Resolution, form: ImageForm) -> Image.Image:
@@ -297,17 +286,17 @@ def _shaped(image: Image.Image, resolution: Resolution, form: ImageForm) -> Imag
 def _averaged(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Each pixel is the mean of the rectangle that it covers, pixels at its borders in proportion."""
     width, height = size
-    bands = [_means(_means(_numbers(band), height).t(), width).t() for band in image.split()]
-    return _image(torch.stack(bands, dim=2))
+    rows = _means(np.asarray(image), height)
+    means = _means(rows.transpose(1, 0, 2), width).transpose(1, 0, 2)
+    return Image.fromarray(np.rint(means).astype(np.uint8))
 
 
-def _means(rows: Tensor, count: int) -> Tensor:
-    """Means of `count` parts of equal height, (height, width) → (count, width), in float64."""
-    sums = torch.cat((rows.new_zeros(1, rows.shape[1]), rows.cumsum(0)))
-    edges = torch.linspace(0, len(rows), count + 1, dtype=torch.float64)
-    first = edges.long().clamp_max(len(rows) - 1)
-    upto = sums[first] + (edges - first)[:, None] * rows[first]
-    return upto.diff(dim=0) * (count / len(rows))
+def _means(rows: Any, count: int) -> Any:
+    """Means of `count` parts of equal height, (height, width, 3) → (count, width, 3) in float64."""
+    first, rest = np.divmod(np.arange(count + 1) * len(rows), count)
+    sums = np.add.reduceat(rows, first[:-1], axis=0, dtype=np.float64)
+    cut = rows[np.minimum(first, len(rows) - 1)] * (rest / count)[:, None, None]
+    return (sums + np.diff(cut, axis=0)) * (count / len(rows))
 
 
 def _encoded(image: Image.Image, form: ImageForm) -> bytes:
