@@ -33,11 +33,11 @@
         return [...new Set(entries.flatMap((entry) => entry.refused.map((one) => one.name)))].join(", ");
     }
 
-    // What the mouse over the line says: block weights, why something was refused, and remarks.
+    // What the mouse over the line says: schedules, block weights, why something was refused, and remarks.
     function details(entries) {
-        const weights = (entry) => entry.applied.filter((lora) => lora.weights).map((lora) => `${lora.name}: ${lora.weights}`);
+        const more = (lora) => [lora.schedule, lora.weights].filter(Boolean).map((text) => `${lora.name}: ${text}`);
         const reasons = (entry) => entry.refused.map((one) => one.reason);
-        const lines = entries.flatMap((entry) => [...weights(entry), ...reasons(entry), ...entry.notes]);
+        const lines = entries.flatMap((entry) => [...entry.applied.flatMap(more), ...reasons(entry), ...entry.notes]);
         return [...new Set(lines)].join("\n");
     }
 

@@ -33,10 +33,8 @@ def step_callback(advance: Callable[[int, int], None]) -> Callable[..., dict[str
     def on_step_end(pipe: Any, call: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
         # Samplers of second order call the model twice in each step but the last.
         order = pipe.scheduler.order
-        steps = (pipe.num_timesteps + order - 1) // order
-        step = (call + 1) // order
-        if step < steps:
-            advance(step, steps)
+        if call + 1 < pipe.num_timesteps:
+            advance((call + 1) // order, (pipe.num_timesteps + order - 1) // order)
         return {}
 
     return on_step_end

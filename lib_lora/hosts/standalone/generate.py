@@ -12,6 +12,7 @@ from lib_lora import __version__
 from lib_lora.errors import RequestError
 from lib_lora.hosts.standalone.infotext import Infotext
 from lib_lora.hosts.standalone.samplers import DEFAULT_SAMPLER, make_scheduler
+from lib_lora.pipelines import step_callback
 from lib_lora.prompt.tags import parse_prompt
 
 if TYPE_CHECKING:
@@ -105,8 +106,9 @@ def generate(
 
 def _generate(loaded: LoadedModel, session: LoraSession, request: GenerateRequest, seed: int) -> GeneratedImage:
     """One picture, with the LoRAs as its seed makes them."""
-    report = session.set(parse_prompt(request.prompt, seed))
-    image = _draw(loaded, request, report.text, seed)
+    session.set(parse_prompt(request.prompt, seed))
+    image = _draw(loaded, session, request, seed)
+    report = session.report
     names = [lora.name for lora in report.applied]
     hashes = session.catalog.lora_hashes([session.catalog.find(name) for name in names], names)
     resolved = " ".join(lora.resolved for lora in report.applied if lora.resolved)
@@ -114,8 +116,8 @@ def _generate(loaded: LoadedModel, session: LoraSession, request: GenerateReques
     return GeneratedImage(image, _infotext(loaded, request, image, seed, loras), report)
 
 
-def _draw(loaded: LoadedModel, request: GenerateRequest, text: str, seed: int) -> Image:
-    """One picture; `text` is the prompt without tags."""
+def _draw(loaded: LoadedModel, session: LoraSession, request: GenerateRequest, seed: int) -> Image:
+    """One picture, with the LoRAs that are set."""
     options: dict[str, Any] = {
         "negative_prompt": request.negative or None,
         "num_inference_steps": request.steps,
@@ -124,8 +126,10 @@ def _draw(loaded: LoadedModel, request: GenerateRequest, text: str, seed: int) -
         "height": request.height or loaded.size,
         "generator": torch.Generator("cpu").manual_seed(seed),
         "output_type": "np",
+        "callback_on_step_end": step_callback(session.advance),
+        "callback_on_step_end_tensor_inputs": [],
     }
-    pixels = loaded.pipe(text, **options).images[0]
+    pixels = loaded.pipe(session.report.text, **options).images[0]
     if not math.isfinite(float(pixels.sum())):
         dtype = loaded.pipe.unet.dtype
         raise RequestError(f"The picture of seed {seed} is not a number (NaN) in {dtype}; try --dtype fp32 or bf16.")

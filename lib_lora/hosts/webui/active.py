@@ -48,20 +48,44 @@ class ActiveLoras:
         # Weak, for a model that is thrown away shall not wait here until another one is loaded.
         self._applied_to: tuple[Callable[[], object], Callable[[], LoraSession | None]] = (_nothing, _nothing)
 
-    def request(self, p: Any, tags: Sequence[tuple[Sequence[object], Mapping[str, object]]]) -> None:
+    def request(
+        self, p: Any, tags: Sequence[tuple[Sequence[object], Mapping[str, object]]], *, hires: bool = False
+    ) -> None:
         """Apply the tags of a pass, and tell what came of it.
 
         Args:
             p: The generation.
             tags: Positional and named arguments of each tag.
+            hires: Whether they are the hires pass's.
         """
-        parsed = parse_arguments(tags, _seed(p))
+        parsed = parse_arguments(tags, _seed(p), hires=hires)
         settings = read_settings()
         setattr(p, REQUEST, parsed)
         self._apply(parsed, settings)
         self._tell(p)
         attempt("writing the infotext", lambda: self._write_infotext(p, settings))
-        write_status(p, self.report, "hires" if getattr(p, "is_hr_pass", False) else "first")
+        write_status(p, self.report, "hires" if hires else "first")
+
+    def advance(self, p: Any, step: int, steps: int) -> None:
+        """Bring strengths that are scheduled to a step, right before the model is called for it.
+
+        Args:
+            p: The generation, or None if it is not known.
+            step: Counted from 0.
+            steps: How many the pass has.
+        """
+        session = self._applied_to[1]()
+        if session is None or not any(lora.schedule for lora in self.report.applied):
+            return
+        with ExitStack() as without_autocast:
+            _leave_autocast(without_autocast)
+            _, error = attempt("moving strengths", lambda: session.advance(step, steps))
+        before, self.report = self.report, replace(session.report, notes=self.report.notes)
+        if error is not None:
+            self.report = _all_refused(self._request or ParsedPrompt(""), error)
+        if p is not None and len(self.report.refused) > len(before.refused):
+            self._tell(p)
+            write_status(p, self.report, "hires" if getattr(p, "is_hr_pass", False) else "first")
 
     def cond_state(self, p: Any) -> tuple[Any, ...]:
         """What the text encoder is made of, right before it encodes the prompts of `p`.

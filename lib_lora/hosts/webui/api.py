@@ -32,6 +32,7 @@ class Applied(BaseModel):
     te: float
     unet: float
     weights: str = ""
+    schedule: str = ""
     layers: int
     rank: int
     algorithm: str
@@ -217,6 +218,7 @@ def _report(report: SessionReport) -> dict[str, Any]:
                 te=lora.te,
                 unet=lora.unet,
                 weights=lora.weights,
+                schedule=lora.schedule,
                 layers=lora.layers,
                 rank=lora.rank,
                 algorithm=lora.algorithm,

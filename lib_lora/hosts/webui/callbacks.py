@@ -39,6 +39,12 @@ class Extension:
         """A model was made, weights were loaded into one, or its VAE changed."""
         _guarded("meeting the model", lambda: self._meet(sd_model))
 
+    def denoising(self, params: Any) -> None:
+        """The model is about to be called for a step."""
+        if self._active is not None:
+            denoiser = params.denoiser
+            self._active.advance(getattr(denoiser, "p", None), *_step_of(params, denoiser))
+
     def script_unloaded(self) -> None:
         """The scripts are loaded anew next, perhaps without us."""
         _guarded("giving everything back", self._stop)
@@ -95,6 +101,17 @@ class Extension:
     def _tag_name(self, file: str) -> str:
         """How our tags spell a file; the built-in extension's may not understand it."""
         return self._loras().sessions.catalog.tag_name(file) if read_settings().enabled else ""
+
+
+def _step_of(params: Any, denoiser: Any) -> tuple[int, int]:
+    """Step, from 0, and number of steps of the pass.
+
+    `params.sampling_step` is the one before, for it is set after each; samplers of second order call twice a step.
+    """
+    calls, steps = getattr(denoiser, "total_steps", None), getattr(denoiser, "steps", None)
+    if not calls or not steps:
+        return params.sampling_step, params.total_sampling_steps
+    return denoiser.step * steps // calls, steps
 
 
 def _guarded(what: str, action: Callable[[], None]) -> None:

@@ -67,7 +67,7 @@ class PrefuseNetwork(extra_networks.ExtraNetwork):
     def _activate(self, p: Any, params_list: list[Any]) -> None:
         self._takeover.take()
         params = [*params_list, *_network_of_settings(p, params_list)]
-        self._loras().request(p, [(one.positional, one.named) for one in params])
+        self._loras().request(p, [(one.positional, one.named) for one in params], hires=_is_for_hires(p, params_list))
 
     def _hand_over(self, p: Any, params_list: list[Any]) -> None:
         if self._takeover.in_charge:
@@ -76,6 +76,13 @@ class PrefuseNetwork(extra_networks.ExtraNetwork):
         vars(p).pop(REQUEST, None)
         if self._takeover.fallback is not None:
             self._takeover.fallback.activate(p, params_list)
+
+
+def _is_for_hires(p: Any, params_list: list[Any]) -> bool:
+    """Whether these are the tags of the hires pass; with little memory its prompts are encoded before the first."""
+    later = (getattr(p, "hr_extra_network_data", None) or {}).values()
+    theirs = {id(one) for tags in later for one in tags}
+    return bool(getattr(p, "is_hr_pass", False)) or any(id(one) in theirs for one in params_list)
 
 
 def _network_of_settings(p: Any, params_list: list[Any]) -> list[Any]:

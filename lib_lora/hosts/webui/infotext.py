@@ -80,7 +80,8 @@ def _status(report: SessionReport, part: str) -> dict[str, Any]:
     return {
         "pass": part,
         "applied": [
-            {"name": lora.name, "te": lora.te, "unet": lora.unet, "weights": lora.weights} for lora in report.applied
+            {key: getattr(lora, key) for key in ("name", "te", "unet", "weights", "schedule")}
+            for lora in report.applied
         ],
         "refused": [{"name": refused.name, "reason": refused.reason} for refused in report.refused],
         "notes": list(report.notes),

@@ -1,10 +1,11 @@
 """A generation: prompts, activation, conds through their cache, sampling, hires pass. A picture is a tensor."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 
-from modules import devices, extra_networks, sd_models, shared
+from modules import devices, extra_networks, script_callbacks, sd_models, shared
 from modules.sd_hijack import model_hijack
 from modules.shared import opts
 
@@ -140,10 +141,19 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
 
 
 def denoise(p, c, uc):
-    """Two steps' worth of the model: what it makes of both conds."""
-    unet = shared.sd_model.model.diffusion_model
+    """What the model makes of both conds in the last step; `p.steps_seen` has it of each."""
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(p.seed))
-    return sum(unet(noise, torch.tensor([10]), cond[:1]).sample for cond in (c, uc))
+    p.steps_seen = [predict(p, step, noise, (c, uc)) for step in range(p.steps)]
+    return p.steps_seen[-1]
+
+
+def predict(p, step, noise, conds):
+    # The state's step is set after each, so it is one behind in all but the first.
+    denoiser = SimpleNamespace(p=p, step=step, steps=p.steps, total_steps=p.steps)
+    behind = {"sampling_step": max(step - 1, 0), "total_sampling_steps": p.steps}
+    script_callbacks.run("cfg_denoiser", SimpleNamespace(denoiser=denoiser, **behind))
+    unet = shared.sd_model.model.diffusion_model
+    return sum(unet(noise, torch.tensor([10]), cond[:1]).sample for cond in conds)
 
 
 def create_infotext(p, index=0):

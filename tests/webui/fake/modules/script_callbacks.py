@@ -4,7 +4,15 @@ from modules import errors
 
 callback_map = {
     kind: []
-    for kind in ("app_started", "model_loaded", "ui_settings", "before_ui", "script_unloaded", "infotext_pasted")
+    for kind in (
+        "app_started",
+        "model_loaded",
+        "ui_settings",
+        "before_ui",
+        "script_unloaded",
+        "infotext_pasted",
+        "cfg_denoiser",
+    )
 }
 REVERSED = {"before_ui", "script_unloaded"}
 
@@ -33,6 +41,10 @@ def on_model_loaded(callback, *, name=None):
 
 def on_ui_settings(callback, *, name=None):
     callback_map["ui_settings"].append(callback)
+
+
+def on_cfg_denoiser(callback, *, name=None):
+    callback_map["cfg_denoiser"].append(callback)
 
 
 def on_before_ui(callback, *, name=None):
