@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lib_lora.core.files import map_checkpoint
 from lib_lora.core.keymap import KeyMap
+from lib_lora.core.model_folder import weight_files
 from lib_lora.errors import ModelError
 
 if TYPE_CHECKING:
@@ -27,15 +28,13 @@ COMPONENTS = {
 
 
 def model_files(model: Path) -> list[Path]:
-    """The .safetensors files of a model: itself, or those of a diffusers folder.
+    """The .safetensors files of a model: itself, or those of a diffusers folder, one variant of each part.
 
     Raises:
-        ModelError: If there are none.
+        ModelError: If there are none, or it can not be told which of them are meant.
     """
-    folders = [model / name for name in COMPONENTS]
-    files = (
-        [model] if model.is_file() else [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
-    )
+    parts = [part for name in COMPONENTS if any((part := model / name).glob("*.safetensors"))]
+    files = [model] if model.is_file() else [file for part in parts for file in weight_files(part)]
     if not files:
         raise ModelError(f"{model} is no .safetensors checkpoint and no diffusers folder that holds such files")
     return files

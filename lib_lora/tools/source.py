@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lib_lora.core.checkpoint import COMPONENTS, model_files, model_keymap
 from lib_lora.core.files import read_header
 from lib_lora.core.header import CHECKPOINT_LIMITS
+from lib_lora.core.model_folder import weight_files
 from lib_lora.core.opening import shown
 from lib_lora.core.pickles import convert_pickle
 from lib_lora.core.replacing import scratch_file
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CONVERT_SECONDS = 1800.0
 """For a pickle of several GB on a busy disk."""
+VAE = "vae"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
 
 
@@ -86,7 +88,8 @@ def _source(path: Path, model: Path) -> ModelSource:
         )
     if path.is_file():
         return ModelSource(path, tuple(weights), (), (), keymap)
-    weights += sorted(path.glob("vae/*.safetensors"))
+    if any((path / VAE).glob("*.safetensors")):
+        weights += weight_files(path / VAE)
     found = sorted(file for file in (*path.glob("*"), *path.glob("*/**/*")) if file.is_file())
     rest = [file for file in found if file not in weights and not _is_hidden(file, path)]
     left = [file for file in rest if _is_left(file, path)]
@@ -102,7 +105,7 @@ def _is_hidden(file: Path, folder: Path) -> bool:
 def _is_left(file: Path, folder: Path) -> bool:
     if file.parent == folder:
         return file.suffix in (*PICKLES, ".safetensors")
-    return file.parent.name in (*COMPONENTS, "vae") and file.suffix in PICKLES
+    return file.parent.name in (*COMPONENTS, VAE) and file.suffix in (*PICKLES, ".safetensors")
 
 
 def _refuse_pickled_parts(left: list[Path], weights: list[Path], model: Path) -> None:

@@ -266,12 +266,15 @@ def test_weights_of_a_folder_that_would_not_be_merged_are_left_out_and_named(tmp
     shutil.copytree(original, model)
     (model / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"old")
     (model / "v1-5.safetensors").write_bytes(b"old")
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     (model / ".git" / "lfs").mkdir(parents=True)
     (model / ".git" / "lfs" / "object").write_bytes(b"old")
     lora = write_mixed_lora(tmp_path / "a.safetensors", {"unet": tiny.parts["unet"]}, every=9)
     report = merge(model, [str(lora)], tmp_path / "merged")
     assert relative_files(tmp_path / "merged").keys() == relative_files(original).keys()
-    assert "diffusion_pytorch_model.bin, v1-5.safetensors" in " ".join(report.notes)
+    left = "diffusion_pytorch_model.bin, diffusion_pytorch_model.fp16.safetensors, v1-5.safetensors"
+    assert left in " ".join(report.notes)
 
 
 # The command

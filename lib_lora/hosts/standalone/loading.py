@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lib_lora.core.model_folder import weight_files
 from lib_lora.core.pickles import convert_pickle
 from lib_lora.errors import ModelError, PickleRefusedError
 from lib_lora.hosts.standalone.checkpoints import load_single_file
@@ -174,7 +175,8 @@ def _load_folder(folder: Path, dtype: torch.dtype, name: str) -> LoadedModel:
         pipe = diffusers_class(kind).from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"The model in {folder} can not be loaded: {str(error).strip().splitlines()[0]}") from error
-    files = [file for part in PATCHED_PARTS for file in _weight_files(folder / part, variant)]
+    parts = [folder / part for part in PATCHED_PARTS if (folder / part).is_dir()]
+    files = [file for part in parts for file in weight_files(part, variant)]
     return LoadedModel(pipe, name, tuple(files), files[0], dict(pipe.scheduler.config))
 
 
@@ -203,8 +205,3 @@ def _variant(folder: Path) -> str | None:
     """``fp16`` if that is the only kind of weights in the folder."""
     files = [file.name for file in folder.glob("*.safetensors")]
     return "fp16" if files and all(".fp16." in name for name in files) else None
-
-
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    return [file for file in files if (".fp16." in file.name) == (variant is not None)]
