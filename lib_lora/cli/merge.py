@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ from lib_lora.errors import ModelError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Generator
 
     from lib_lora.tools.given import GivenLora
 
@@ -44,8 +47,9 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
     """Merge LoRAs into a checkpoint, as the prompt would have fused them."""
     # Between two products torch's threads have to wait for one that copies; by default they would spin meanwhile.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from lib_lora.presets import PresetFiles
-    from lib_lora.tools.merge import merge_loras
+    with _collector_off():
+        from lib_lora.presets import PresetFiles
+        from lib_lora.tools.merge import merge_loras
 
     with bar("merging") as progress:
         report = merge_loras(
@@ -62,6 +66,16 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
             progress=progress,
         )
     tell(report.to_dict(), str(report), as_json=arguments.json)
+
+
+@contextmanager
+def _collector_off() -> Generator[None]:
+    """What libraries make stays; to look for garbage in it, again and again, is a sixth of the time they load."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _loras(arguments: argparse.Namespace) -> list[GivenLora]:
