@@ -13,6 +13,7 @@ from lib_lora.core.files import map_checkpoint
 from lib_lora.core.lora_names import kohya_name
 from lib_lora.core.saving import check_output, no_progress, save_tensors
 from lib_lora.errors import AdapterError, JobError
+from lib_lora.tools.device import usable_device
 from lib_lora.tools.difference import open_pair
 from lib_lora.tools.factored import balanced, check_finite, stored
 from lib_lora.tools.metadata import lora_metadata
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lib_lora.core.layers import LayerRef
     from lib_lora.core.saving import Progress
     from lib_lora.tools.difference import LayerPair, ModelPair
     from lib_lora.tools.factored import StoredLayer
@@ -85,7 +85,7 @@ def extract(
         raise JobError(f"the smallest difference that counts is {min_diff}; choose 0 or more, such as {MIN_DIFF}")
     pair = open_pair(base, tuned, convolutions=conv_rank is not None)
     check_output(out, _size(pair, rule, dtype), overwrite=overwrite)
-    place = _place(device)
+    place = usable_device(device)
     layers, notes = _changed_parts(pair, min_diff, place)
     tensors: dict[str, Tensor] = {}
     outcomes: list[LayerOutcome] = []
@@ -94,7 +94,7 @@ def extract(
             change = layer.difference(place)
             if change.any():
                 kept = _approximation(layer, change, rule, clamp, dtype)
-                tensors |= _named(kept, layer.layer, kohya_name(layer.layer.key, pair.family))
+                tensors |= kept.tensors(kohya_name(layer.layer.key, pair.family), layer.layer.shape)
                 outcomes.append(_outcome(layer.name, change, kept))
         progress(done, len(layers))
     if not outcomes:
@@ -104,13 +104,6 @@ def extract(
     same = len(layers) - len(outcomes)
     notes = (*notes, f"left out, for they are the same in both: {same} layers") if same else notes
     return LoraOutcome(out, out.stat().st_size, pair.family.value, dtype_name([dtype]), tuple(outcomes), notes)
-
-
-def _place(device: str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA was compiled in
-        raise JobError(f"the device {device} can not be used: {str(error).splitlines()[0]}") from error
 
 
 def _size(pair: ModelPair, rule: RankRule, dtype: torch.dtype) -> int:
@@ -155,16 +148,6 @@ def _approximation(
     kept = stored(low, dtype)
     check_finite(layer.name, kept)
     return kept
-
-
-def _named(kept: StoredLayer, layer: LayerRef, name: str) -> dict[str, Tensor]:
-    """The file's tensors, shaped as the layer's weight."""
-    ones = (1,) * len(layer.shape[2:])
-    return {
-        f"{name}.lora_down.weight": kept.down.reshape(kept.rank, *layer.shape[1:]).cpu(),
-        f"{name}.lora_up.weight": kept.up.reshape(layer.shape[0], kept.rank, *ones).cpu(),
-        f"{name}.alpha": kept.alpha,
-    }
 
 
 def _outcome(name: str, change: Tensor, kept: StoredLayer) -> LayerOutcome:

@@ -20,6 +20,7 @@ from lib_lora.core.saving import check_output, copy_file, no_progress, save_tens
 from lib_lora.errors import JobError
 from lib_lora.presets import PresetFiles
 from lib_lora.resolve import Resolver, plan_of
+from lib_lora.tools.device import usable_device
 from lib_lora.tools.recipe import make_recipe, merged_metadata
 from lib_lora.tools.source import open_model
 
@@ -124,7 +125,7 @@ def merge_loras(
     _check_places(out, model, loras)
     check_output(out, overwrite=overwrite)
     saved = PRECISIONS[save_precision] if save_precision else None
-    types = MergeTypes(None if precision == "float" else PRECISIONS[precision], saved, _usable(device))
+    types = MergeTypes(None if precision == "float" else PRECISIONS[precision], saved, usable_device(device))
     with open_model(model, out.parent) as source:
         resolver = Resolver(LoraCatalog(()), source.keymap, presets or _presets_beside(loras))
         laid = [resolver.lay(*lora) for lora in loras]
@@ -167,14 +168,6 @@ def _check_places(out: Path, model: Path, loras: Sequence[GivenLora]) -> None:
     for source in (model, *(lora.entry.path for lora in loras)):
         if out.exists() and source.exists() and out.samefile(source):
             raise JobError(f"{shown(out)} is what is merged itself; choose another name")
-
-
-def _usable(device: str) -> torch.device:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA was compiled in
-        raise JobError(f"the device {device} can not be used: {str(error).splitlines()[0]}") from error
-    return torch.device(device)
 
 
 def _presets_beside(loras: Sequence[GivenLora]) -> PresetFiles:
