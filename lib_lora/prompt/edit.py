@@ -33,7 +33,7 @@ def change_tag(
 
 def with_block_weights(tag: str, weights: str) -> str:
     """A LoRA tag with other block weights in it, as arguments; what else it says stays."""
-    kind, *arguments = tag.strip("<>").split(":")
+    kind, *arguments = tag[1:-1].split(":")
     kept = [one for one in arguments if not (_is_named(one) and one.partition("=")[0] in BLOCK_ARGUMENTS)]
     return f"<{':'.join([kind, *kept, weights])}>"
 

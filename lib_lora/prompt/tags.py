@@ -1,5 +1,7 @@
 """``<lora:name:te:unet:dyn>`` tags of a prompt, by the WebUI's rules.
 
+What named arguments mean beside these: block weights in `block_weights`, change in time in `schedule`.
+
 Reading never raises and takes linear time, whatever the text is. Numbers are what Python's ``float`` and ``int`` take,
 as in the WebUI: spaces around them, ``1_0`` and full-width digits are fine. Unlike there, a tag with a bad number is
 refused alone, and so is one that is not finite.

@@ -13,6 +13,7 @@ EXAMPLES = 10_000
 PIECES = ["<lora:", "<lyco:", "<hypernet:", "<LORA:", "<", ">", ">", ":", ":", "=", "a", " b ", "é\n", "\0", "\ud800"]
 PIECES += ["te=", "unet=", "dyn=", "lbw=MIDD", "0.5", "-3", "16", "１.５", "1_0", "nan", "-1e999", "1e30", "9" * 5000]
 PIECES += ["lbw=", "lbwe=", "in=", "x=", "1,0," * 8, "R,", "X-0.5,", "X", "IN05-OUT05;attn", ";;", "NOT ", ",1"]
+PIECES += ["start=", "stop=0.5", "step=1-3", "hr=", "hrte=", "0@0", ",1@1", ";0.5@9", "~2", "@", "-"]
 PROMPTS = st.one_of(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.text(max_size=20))
 
 NAMES = st.text(st.characters(exclude_characters=":>="), min_size=1, max_size=20)
@@ -25,7 +26,8 @@ def test_no_text_raises_and_every_request_is_within_the_limits(prompt: str) -> N
     parsed = parse_prompt(prompt)
     for request in parsed.requests:
         assert request.name
-        assert all(math.isfinite(value) and abs(value) <= MAX_STRENGTH for value in (request.te, request.unet))
+        strengths = (request.te, request.unet, *request.strengths(), *request.strengths(2, 5))
+        assert all(math.isfinite(value) and abs(value) <= MAX_STRENGTH for value in strengths)
         assert request.dyn is None or request.dyn >= 0
         assert request.raw in prompt
     for problem in parsed.problems:
