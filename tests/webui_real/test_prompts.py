@@ -26,7 +26,7 @@ def tagged(arguments: str) -> str:
 def test_block_weights_are_factors_of_the_strength(webui: WebUI) -> None:
     half, plain = webui.draw(f"{TEXT} <lora:a:0.4>").picture, webui.draw(TEXT).picture
     assert np.array_equal(webui.draw(tagged("lbw=ALL0.5")).picture, half)
-    assert np.array_equal(webui.draw(tagged("in=0.5:mid=0.5:out=0.5:te=0.4")).picture, half)
+    assert np.array_equal(webui.draw(f"{TEXT} <lora:a:0.4:0.8:in=0.5:mid=0.5:out=0.5>").picture, half)
     assert np.array_equal(webui.draw(tagged("lbw=NONE")).picture, plain)
     assert largest_difference(webui.draw(tagged("lbw=OUTALL")).picture, half) > CLEAR
 
