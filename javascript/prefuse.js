@@ -10,7 +10,7 @@
 
     function numbers(lora) {
         const strength = lora.te === lora.unet ? `${lora.unet}` : `te ${lora.te}, unet ${lora.unet}`;
-        return `${lora.name} ${strength}`;
+        return `${lora.name} ${strength}${lora.schedule ? ` [${lora.schedule}]` : ""}`;
     }
 
     function duration(milliseconds) {
@@ -33,9 +33,9 @@
         return [...new Set(entries.flatMap((entry) => entry.refused.map((one) => one.name)))].join(", ");
     }
 
-    // What the mouse over the line says: schedules, block weights, why something was refused, and remarks.
+    // What the mouse over the line says: block weights, why something was refused, and remarks.
     function details(entries) {
-        const more = (lora) => [lora.schedule, lora.weights].filter(Boolean).map((text) => `${lora.name}: ${text}`);
+        const more = (lora) => (lora.weights ? [`${lora.name}: ${lora.weights}`] : []);
         const reasons = (entry) => entry.refused.map((one) => one.reason);
         const lines = entries.flatMap((entry) => [...entry.applied.flatMap(more), ...reasons(entry), ...entry.notes]);
         return [...new Set(lines)].join("\n");

@@ -155,6 +155,11 @@ def test_everything_of_a_request_that_is_refused_is_in_the_status_line(page: Pag
     assert status.endswith("; not applied: nosuch, cutshort")
 
 
+def test_the_status_line_says_when_a_lora_acts(page: Page) -> None:
+    status = page.generate("a cube <lora:a:0.8:start=1:stop=0.9> <lora:b:0.5>")
+    assert status.startswith("Prefuse: a te 0, unet 0.8 [start=1:stop=0.9] + b 0.5 (")
+
+
 def test_a_files_name_with_html_makes_no_element(page: Page, webui: WebUI) -> None:
     folder = webui.data / "models" / "Lora"
     file = folder / f"{EVIL}.safetensors"
