@@ -220,7 +220,8 @@ def test_what_diffusers_saved_is_the_same_lora_in_kohyas_layout(models, tmp_path
         texts[f"{part}_lora_adapter_metadata"] = config.to_dict()
         for name, layer in module.named_modules():
             if hasattr(layer, "get_delta_weight"):
-                deltas[f"{COMPONENTS[part]}.{name.removeprefix('text_model.')}"] = layer.get_delta_weight("ink").detach()
+                key = f"{COMPONENTS[part]}.{name.removeprefix('text_model.')}"
+                deltas[key] = layer.get_delta_weight("ink").detach()
     layers["text_encoder_lora_layers"] = convert_state_dict_to_diffusers(layers["text_encoder_lora_layers"])
     StableDiffusionPipeline.save_lora_weights(tmp_path, weight_name="peft.safetensors", **layers, **texts)
     convert_lora(tmp_path / "peft.safetensors", "kohya", tmp_path / "kohya.safetensors", family=BaseModel.SD1)
