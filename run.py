@@ -25,15 +25,19 @@ RUN_FILES = ("requirements.txt", "requirements-data.txt")
 COMMANDS = {
     "demo": (("-m", "lib_lora", "demo"), RUN_FILES),
     "bench": (("-m", "lib_lora", "bench"), RUN_FILES),
-    "test": (("-m", "pytest", "-n", "auto", "--dist", "worksteal"), (*RUN_FILES, "requirements-dev.txt")),
+    "test": (
+        ("-m", "pytest", "-n", "auto", "--dist", "worksteal", "-m", "not slow"),
+        (*RUN_FILES, "requirements-dev.txt"),
+    ),
 }
 PINS_OPTION, PINS_FILES, PINS_VENV = "--webui-pins", ("requirements-webui.txt",), ".venv-webui"
 PINS_TESTS = ("tests/webui", "tests/unit", "tests/property", "tests/faults", "-m", "not newest")
 USAGE = """usage: python run.py COMMAND [options]
 
   demo    pictures of the embedded model, with and without LoRAs, and a table of timings
-  test    the tests; options go to pytest (--webui-pins: those of the core and the extension, with the WebUI's versions)
-  bench   the benchmarks: --suite steps | switch | families"""
+  test    the tests of less than ten seconds each; options go to pytest (-m "": all of them;
+          --webui-pins: those of the core and the extension, with the WebUI's versions)
+  bench   the benchmarks: --suite steps | switch | families | merge | resize | extract | files"""
 
 
 def unsupported(version: tuple[int, ...]) -> str | None:

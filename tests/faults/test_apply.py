@@ -66,6 +66,7 @@ class Interrupting:
 ERRORS = (RuntimeError("kernel"), ValueError("value"), KeyboardInterrupt(), KeyError("key"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_an_exception_at_any_layer_leaves_the_base_weights(session, unet, monkeypatch, error):
     weights = dict(unet.named_parameters())
@@ -135,6 +136,7 @@ def test_interrupts_at_random_moments_never_spoil_the_next_job(session, unet, mo
     assert interrupts == 200
 
 
+@pytest.mark.slow
 def test_a_thousand_random_requests_equal_fresh_weights_bit_for_bit(session, unet):
     """After any walk the weights are those that the request gives on an untouched model."""
     rng = random.Random(1)
