@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib_lora.cli.output import bar, tell
+from lib_lora.cli.precision import PRECISIONS
 from lib_lora.errors import ModelError
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from lib_lora.tools.given import GivenLora
-
-PRECISIONS = ("float", "fp16", "bf16")
 
 
 def options(parser: argparse.ArgumentParser) -> None:

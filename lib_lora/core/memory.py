@@ -1,4 +1,4 @@
-"""Freed memory, given back to the system."""
+"""How torch and Python say that memory is short, and freed memory, given back to the system."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import sys
 from contextlib import suppress
 
 import torch
+
+OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
+"""To be caught before RuntimeError, which the first one is."""
 
 
 def return_memory() -> None:

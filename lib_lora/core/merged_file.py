@@ -12,6 +12,7 @@ from lib_lora.core.checkpoint import component_of
 from lib_lora.core.files import FileIdentity, map_checkpoint
 from lib_lora.core.kohya_rounding import fuse_layer_kohya
 from lib_lora.core.layers import is_fp8
+from lib_lora.core.memory import OUT_OF_MEMORY
 from lib_lora.core.numerics import fuse_layer
 from lib_lora.core.opening import shown
 from lib_lora.core.saving import LazyTensor
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from lib_lora.core.plan import FusePlan, LayerPatch
 
-OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
 WEIGHTS = (
     "model.diffusion_model.",
     "first_stage_model.",

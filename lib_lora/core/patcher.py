@@ -11,6 +11,7 @@ import torch
 from lib_lora.core import numerics
 from lib_lora.core.fingerprint import Change, compare, samples
 from lib_lora.core.layers import LayerRef, is_fp8
+from lib_lora.core.memory import OUT_OF_MEMORY
 from lib_lora.core.patch_state import DIRTY, STATE_ATTRIBUTE, ApplyReport, PatchState
 from lib_lora.core.webui_rounding import fuse_layer_a1111
 from lib_lora.core.workspace import Workspace
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from lib_lora.core.patch_state import AppliedKey, Rounding
     from lib_lora.core.plan import Compat, FusePlan, LayerPatch
 
-OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
 WIDE_PEAK = 1e6
 """Taken for max |W0| of types with float32's range, where reading it would tell nothing."""
 

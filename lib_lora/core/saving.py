@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
+from lib_lora.core.files import CHUNK_BYTES
 from lib_lora.core.header import CHECKPOINT_LIMITS, DTYPES, MEGABYTE, Header, TensorInfo, encode_header
 from lib_lora.core.opening import FileIdentity, checked_header, read_data, read_unchanged, reason_of, shown
 from lib_lora.core.replacing import TempFile, check_target, replacing
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     Progress: TypeAlias = "Callable[[int, int], None]"
     """Told how much of how much is done; what it raises ends the job, and nothing is left of it."""
 
-CHUNK_BYTES = 1 << 20
 VERIFIED_BYTES = 1 << 20
 MAX_NAME_BYTES = 255
 

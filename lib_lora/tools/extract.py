@@ -11,6 +11,7 @@ import torch
 from lib_lora.core.checkpoint import model_files
 from lib_lora.core.files import map_checkpoint
 from lib_lora.core.lora_names import kohya_name
+from lib_lora.core.memory import OUT_OF_MEMORY
 from lib_lora.core.saving import check_output, no_progress, save_tensors
 from lib_lora.errors import AdapterError, JobError
 from lib_lora.tools.device import usable_device
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from lib_lora.tools.difference import LayerPair, ModelPair
     from lib_lora.tools.factored import StoredLayer
 
-OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
 _linalg: Any = torch.linalg  # has no types
 MIN_DIFF = 0.01
 """kohya's: a text encoder of which no number changed by more is taken as untouched."""
