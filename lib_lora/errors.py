@@ -88,6 +88,10 @@ class TagError(PrefuseError):
     """A strength or another argument of a LoRA is no usable number."""
 
 
+class PresetError(PrefuseError):
+    """A preset can not be saved, renamed, deleted or exported as it was asked for."""
+
+
 class ApplyError(PrefuseError):
     """Writing the weights failed; the base weights are back."""
 

@@ -8,29 +8,25 @@ from typing import TYPE_CHECKING
 from lib_lora.core.files import FileIdentity
 from lib_lora.core.opening import read_unchanged, shown
 from lib_lora.errors import FileError
-from lib_lora.prompt.block_weights import (
-    SHIPPED_ELEMENTS,
-    SHIPPED_WEIGHTS,
-    Presets,
-    read_element_presets,
-    read_weight_presets,
-)
+from lib_lora.prompt.block_weights import Presets
+from lib_lora.prompt.preset_texts import ELEMENTS, WEIGHTS
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from io import FileIO
 
-WEIGHTS_FILE = "lbwpresets.txt"
-ELEMENTS_FILE = "elempresets.txt"
+    from lib_lora.prompt.preset_texts import PresetFormat
+
+WEIGHTS_FILE = WEIGHTS.file_name
 MOST_BYTES = 4 << 20
 
 
 class PresetFiles:
-    """The presets of some folders. Files are read again when they change.
+    """The presets of some folders. Files are read again when they change; `PresetEditor` changes them.
 
     Attributes:
-        folders: Where `WEIGHTS_FILE` and `ELEMENTS_FILE` may lie; what a file does not say, a later one's or the
+        folders: Where the files of `WEIGHTS` and `ELEMENTS` may lie; what a file does not say, a later one's or the
             shipped presets do.
         notes: Which file can not be read, and why.
     """
@@ -43,40 +39,25 @@ class PresetFiles:
 
     def read(self) -> Presets:
         """All presets, as the files are now."""
-        names = (WEIGHTS_FILE, ELEMENTS_FILE)
-        identities = [_identity(folder / name) for name in names for folder in reversed(self.folders)]
+        forms = (WEIGHTS, ELEMENTS)
+        identities = [identity_of(folder / form.file_name) for form in forms for folder in reversed(self.folders)]
         if identities != self._identities:
             found = [identity.path for identity in identities if identity is not None]
             faults: list[str] = []
-            weights = _merged(WEIGHTS_FILE, found, read_weight_presets, faults)
-            elements = _merged(ELEMENTS_FILE, found, read_element_presets, faults)
-            self._presets = Presets({**SHIPPED_WEIGHTS, **weights}, {**SHIPPED_ELEMENTS, **elements})
+            self._presets = Presets(*(_merged(form, found, faults) for form in forms))
             self._identities, self.notes = identities, tuple(faults)
         return self._presets
 
 
-def _merged(
-    name: str, paths: Iterable[Path], read: Callable[[str], dict[str, str]], faults: list[str]
-) -> dict[str, str]:
-    """Presets of all files of one name, of which the later win; the others' faults are added to `faults`."""
-    presets: dict[str, str] = {}
-    for path in paths:
-        if path.name == name:
-            try:
-                presets |= read(_read_text(path))
-            except FileError as error:
-                faults.append(f"{error}; its presets are not known here")
-    return presets
-
-
-def _identity(path: Path) -> FileIdentity | None:
+def identity_of(path: Path) -> FileIdentity | None:
+    """Which content a file has, or None if there is none."""
     try:
         return FileIdentity.of(path)
     except FileError:
         return None
 
 
-def _read_text(path: Path) -> str:
+def read_preset_text(path: Path) -> str:
     """A small text file in UTF-8.
 
     Raises:
@@ -88,8 +69,20 @@ def _read_text(path: Path) -> str:
         if len(data) > MOST_BYTES:
             raise FileError(f"{shown(path)} has more than {MOST_BYTES >> 20} MB, which no file of presets has")
         try:
-            return data.decode("utf-8-sig")
+            return data.decode()
         except UnicodeDecodeError as error:
             raise FileError(f"{shown(path)} is not a text in UTF-8 (byte {error.start})") from error
 
     return read_unchanged(path, read)[1]
+
+
+def _merged(form: PresetFormat, paths: Iterable[Path], faults: list[str]) -> dict[str, str]:
+    """Presets of all files of one format, of which the later win; the others' faults are added to `faults`."""
+    presets = {**form.shipped}
+    for path in paths:
+        if path.name == form.file_name:
+            try:
+                presets |= form.presets(read_preset_text(path))
+            except FileError as error:
+                faults.append(f"{error}; its presets are not known here")
+    return presets

@@ -20,9 +20,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
     ("errors",),
     ("core", "prompt"),
-    ("catalog", "presets", "report", "pipelines"),
+    ("catalog", "presets", "preset_editor", "report", "pipelines"),
     ("resolve",),
-    ("applying", "tuning"),
+    ("applying", "moving", "tuning"),
     ("session",),
     ("compile", "tools", "train"),
     ("hosts",),
@@ -59,7 +59,7 @@ PRINTERS = ("__main__.py", "cli/")
 BROAD_EXCEPT = {
     "__main__.py",
     "hosts/standalone/doctor.py",  # torch_tensorrt fails to import in its own ways
-    "hosts/webui/guard.py",
+    "hosts/guard.py",
 }
 
 IN_PLACE = {"copy_", "add_", "sub_", "mul_", "div_", "fill_", "zero_", "addmm_", "baddbmm_", "normal_", "uniform_"}

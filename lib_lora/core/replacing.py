@@ -8,6 +8,7 @@ import shutil
 import time
 from contextlib import contextmanager, suppress
 from io import FileIO
+from itertools import chain, count
 from typing import TYPE_CHECKING
 
 from lib_lora.core.header import MEGABYTE
@@ -125,6 +126,18 @@ def making_folder(path: Path) -> Generator[Path]:
             raise
     except (OSError, ValueError) as error:
         raise OutputError(f"{shown(path)} was not saved: {reason_of(error)}") from error
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file to its name and ``.bak``, ``.bak2`` and so on: the first that is free.
+
+    Raises:
+        OSError: If the system refuses that.
+    """
+    names = (path.with_name(f"{path.name}.bak{number or ''}") for number in chain([0], count(2)))
+    kept = next(name for name in names if not os.path.lexists(name))
+    os.close(os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL))  # from here on nobody else takes the name
+    return path.replace(kept)
 
 
 @contextmanager

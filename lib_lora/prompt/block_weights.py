@@ -183,6 +183,17 @@ def read_blocks(named: Mapping[str, str], x: str, seed: str) -> BlockRequest | N
     return request
 
 
+def has_own_meaning(text: str) -> bool:
+    """Whether a tag would take `text` for a curve, a random or inherited number, or a number."""
+    if any(pattern.fullmatch(text) for pattern in (_CURVE, _DRAWN, _INHERITED)):
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def read_list(text: str, x: float = 1.0, seed: str = "") -> list[float]:
     """The numbers of a list: ``0.5``; ``R`` and ``U`` drawn from 0 to 1 and -0.5 to 1.5; ``X``, ``X+0.2``, ``X-0.2``.
 
@@ -233,19 +244,3 @@ def _curve(shape: str, position: float) -> float:
 def _unknown(argument: str, name: str, known: Collection[str]) -> TagError:
     close = difflib.get_close_matches(name[:100], known, 3, 0.4) or sorted(known)[:MOST_NAMES]
     return TagError(f"{argument} names no preset {shorten(name)!r}; there are {', '.join(map(shorten, close))}")
-
-
-def read_weight_presets(text: str) -> dict[str, str]:
-    """Name → list of a file in the format of ``lbwpresets.txt``: lines ``NAME:list``; others are comments."""
-    presets: dict[str, str] = {}
-    for line in text.splitlines():
-        name, *rest = line.split(":")
-        if rest and "#" not in line and rest[0].count(",") + 1 in LISTS:
-            presets[name.strip()] = rest[0].strip()
-    return presets
-
-
-def read_element_presets(text: str) -> dict[str, str]:
-    """Name → rules of a file in the format of ``elempresets.txt``: ``NAME:rules``, separated by empty lines."""
-    sections = (section.partition(":") for section in re.split(r"\n[ \t]*\n", "\n".join(text.splitlines())))
-    return {name.strip(): rules for name, colon, rules in sections if colon}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from lib_lora.errors import TagError
 from lib_lora.presets import PresetFiles
-from lib_lora.prompt.block_weights import BlockRequest, Presets, read_element_presets, read_list, read_weight_presets
+from lib_lora.prompt.block_weights import BlockRequest, Presets, read_list
+from lib_lora.prompt.preset_texts import ELEMENTS, WEIGHTS
 from lib_lora.prompt.tags import parse_prompt
 
 INDEX = json.loads((Path(__file__).parents[1] / "golden/fullsize/block_index.json").read_text())
@@ -144,7 +145,7 @@ def test_x_is_what_the_tag_says_and_more_or_less():
 
 
 # Rules, block, layer, and the factor: the block's is 1. Expected values by the extension's rules.
-ELEMENTS = [
+RULES = [
     ("IN04;attn1;0.3", "IN04", LAYER, 0.3),
     ("IN05;attn1;0.3", "IN04", LAYER, 1),
     ("IN05-OUT05;attn;0", "IN04", LAYER, 1),
@@ -169,7 +170,7 @@ ELEMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("rules", "block", "layer", "factor"), ELEMENTS)
+@pytest.mark.parametrize(("rules", "block", "layer", "factor"), RULES)
 def test_the_last_rule_that_fits_a_layer_replaces_its_blocks_weight(rules, block, layer, factor):
     assert BlockRequest(elements=rules).resolve(Presets(), SD1).of(block, layer) == factor
     assert BlockRequest("ALL", rules).resolve(Presets(), SD1).of("IN01", "x_proj_in") in {1, 0, 0.1, 0.2}
@@ -204,12 +205,12 @@ def test_a_preset_file_is_read_as_the_extension_reads_it():
         f"絵:{text}:rest",
         f"MY:{text}",
     )
-    assert read_weight_presets("\r\n".join(lines)) == {"MY": text, "絵": text}
+    assert WEIGHTS.presets("\r\n".join(lines)) == {"MY": text, "絵": text}
 
 
 def test_element_presets_are_separated_by_empty_lines():
     text = "A:IN05:attn:1,IN06::0\nOUT01:proj:0.5\n\n B :::1\r\n  \r\nwords\n\nC:M00:ff:0"
-    presets = read_element_presets(text)
+    presets = ELEMENTS.presets(text)
     assert list(presets) == ["A", "B", "C"]
     rules = BlockRequest(elements="A").resolve(Presets({}, presets), SD1).rules
     assert [rule.text for rule in rules] == ["IN05;attn;1", "IN06;;0", "OUT01;proj;0.5"]
