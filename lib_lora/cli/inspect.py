@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
 
     inspection = inspect_file(arguments.file, arguments.model)
     if arguments.plot:
-        from lib_lora.tools.plot import save_plot
+        from lib_lora.tools.plots.file import save_plot
 
         save_plot(inspection, arguments.plot, overwrite=arguments.force)
     tell(inspection.to_dict(), _inspection_text(inspection), as_json=arguments.json)
