@@ -33,6 +33,7 @@ class AppliedLora:
         weights: Block weights as arguments of a tag, presets and drawn numbers written out; ``""`` for none.
         resolved: The tag with these in it, if they say more than its own; else ``""``.
         schedule: How the strengths change in time, as arguments of a tag; ``""`` if they do not.
+        moving: How that is done in the pass that runs: one clause, ``""`` before the first move.
     """
 
     name: str
@@ -53,6 +54,7 @@ class AppliedLora:
     weights: str = ""
     resolved: str = ""
     schedule: str = ""
+    moving: str = ""
 
     def __str__(self) -> str:
         """One line."""
@@ -60,7 +62,8 @@ class AppliedLora:
         strength = f"{self.unet:g}" if self.te == self.unet else f"te {self.te:g}, unet {self.unet:g}"
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.algorithms.items())
         mixed = f" ({kinds})" if len(self.algorithms) > 1 else ""
-        more = "".join(f", {text}" for text in (self.schedule, self.weights) if text)
+        schedule = f"{self.schedule} ({self.moving})" if self.moving else self.schedule
+        more = "".join(f", {text}" for text in (schedule, self.weights) if text)
         layers = f"{self.layers} of {total} layers"
         return f"{self.name} at {strength}{more}: {self.algorithm} rank {self.rank}{mixed}, {layers}"
 
@@ -96,6 +99,7 @@ class SessionReport:
         mode: ``prefuse`` or ``hook``.
         moves: How often scheduled strengths moved since.
         moving_milliseconds: Wall time of that.
+        held_bytes: Memory that took, of the held sums of LoRAs that stay; it is free again after the last move.
     """
 
     text: str = ""
@@ -111,14 +115,16 @@ class SessionReport:
     mode: str = "prefuse"
     moves: int = 0
     moving_milliseconds: float = 0.0
+    held_bytes: int = 0
 
-    def moved(self, milliseconds: float, refused: Sequence[RefusedLora]) -> SessionReport:
+    def moved(self, milliseconds: float, refused: Sequence[RefusedLora], notes: Sequence[str]) -> SessionReport:
         """The same after scheduled strengths moved, which took `milliseconds` and may have refused a LoRA more."""
         gone = {one.name for one in refused[len(self.refused) :]}
         return replace(
             self,
             applied=tuple(lora for lora in self.applied if lora.name not in gone),
             refused=tuple(refused),
+            notes=tuple(dict.fromkeys((*self.notes, *notes))),
             moves=self.moves + 1,
             moving_milliseconds=self.moving_milliseconds + milliseconds,
         )
@@ -134,7 +140,8 @@ class SessionReport:
             f"{self.milliseconds:.0f} ms; base weights: {self.store}, {self.store_bytes / 1e6:.0f} MB"
         )
         if self.moves:
-            lines.append(f"scheduled strengths moved {self.moves} times in {self.moving_milliseconds:.0f} ms")
+            held = f", {self.held_bytes / 1e6:.0f} MB held for it" if self.held_bytes >= 1e6 else ""
+            lines.append(f"scheduled strengths moved {self.moves} times in {self.moving_milliseconds:.0f} ms{held}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

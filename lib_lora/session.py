@@ -21,11 +21,12 @@ from lib_lora.core.norms import delta_norm, shares
 from lib_lora.core.patch_state import STATE_ATTRIBUTE
 from lib_lora.core.patcher import ModelPatcher
 from lib_lora.errors import ForeignWriteError, ModelError, UnknownLoraError
+from lib_lora.moving import Course, plan_course
 from lib_lora.pipelines import pipeline_components
 from lib_lora.presets import PresetFiles
 from lib_lora.prompt.tags import parse_request
 from lib_lora.report import SessionReport
-from lib_lora.resolve import IDLE_BYTES, Resolver, notes_of, plan_of
+from lib_lora.resolve import IDLE_BYTES, Resolver, notes_of
 from lib_lora.tuning import Slider
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class LoraSession:
         catalog: Where LoRA names are looked up.
         keymap: The model's layers.
         cache_bytes: Networks that are not in the last request stay in memory up to this size.
+        may_hook: Whether a LoRA that moves may be hooked in prefuse mode, where that is cheaper. Off, for graphs that
+            were compiled before do not see hooks.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class LoraSession:
         self._loras: list[ResolvedLora] = []
         self._lock = threading.RLock()
         self._report = SessionReport(mode=mode)
+        self.may_hook = False
 
     @classmethod
     def for_pipeline(
@@ -233,9 +237,18 @@ class LoraSession:
             if all(now is before for now, before in zip(loras, self._loras, strict=True)):
                 return
             start, refused = time.perf_counter(), list(self._report.refused)
-            self._apply(loras, refused)
+            if self._applier.course.steps != steps:
+                self._applier.follow(
+                    plan_course(self._loras, step, steps, fused=self._is_exact, may_hook=self.may_hook)
+                )
+            _, done = self._apply(loras, refused)
             self._loras = loras
-            self._report = self._report.moved((time.perf_counter() - start) * 1e3, refused)
+            moved = self._report.moved((time.perf_counter() - start) * 1e3, refused, notes_of((), done))
+            self._report = self._applier.tell_of_move(moved, step)
+
+    @property
+    def _is_exact(self) -> bool:
+        return self._mode == "prefuse" and self._compat == "exact"
 
     @contextmanager
     def tuning(self, name: str) -> Generator[Callable[[float], None]]:
@@ -243,7 +256,7 @@ class LoraSession:
 
         Inside the block the weights are a preview: the other LoRAs' sum is rounded before this one is added. When the
         block ends the last strength is set as `set` would. Where a preview can not be had (hook mode, algorithms that
-        depend on the weights, quantised layers) every turn is a `set`.
+        depend on the weights, quantised layers) a turn costs what a `set` does.
 
         Args:
             name: A LoRA of the last `set`, as its request wrote it.
@@ -257,17 +270,11 @@ class LoraSession:
         """
         with self._lock:
             slider = Slider(name, self._report.text, self._loras)
-            previews = self._mode == "prefuse" and slider.can_preview
-            if previews:
-                self._patcher.hold(plan_of(slider.rest, self._compat), slider.layers)
+            if self._is_exact:
+                self._applier.ways = slider.ways
 
             def turn(strength: float) -> None:
-                moving = slider.move(strength)
-                if previews:
-                    self._patcher.tune(moving)
-                    self._applier.tell(slider.layers)
-                else:
-                    self._set(slider.parsed)
+                self._apply(slider.move(strength), [])
 
             try:
                 yield turn
@@ -300,6 +307,7 @@ class LoraSession:
 
     def _set(self, parsed: ParsedPrompt) -> SessionReport:
         start = time.perf_counter()
+        self._applier.follow(Course(0))
         loras, refused = self._resolver.resolve(parsed)
         plan, done = self._apply(loras, refused)
         self._resolver.trim(loras, self.cache_bytes)

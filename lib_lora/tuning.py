@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lib_lora.core.plan import FusePlan, make_plan
+from lib_lora.core.ways import Ways
 from lib_lora.errors import TagError, UnknownLoraError
+from lib_lora.moving import holdable
 from lib_lora.prompt.tags import ParsedPrompt, parse_numbers
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ class Slider:
 
     Attributes:
         parsed: The request with that strength.
-        rest: The other LoRAs.
-        layers: Where the moving one acts.
+        ways: The others' sum is held where the LoRA can be added to it.
     """
 
     def __init__(self, name: str, text: str, loras: Sequence[ResolvedLora]) -> None:
@@ -31,21 +31,15 @@ class Slider:
             UnknownLoraError: If no LoRA of that name is active.
         """
         self._name = name
-        self._moving = [lora for lora in loras if lora.request.name == name]
-        if not self._moving:
+        self._loras = loras
+        moving = [lora for lora in loras if lora.request.name == name]
+        if not moving:
             raise UnknownLoraError(f"{name!r} is not active; set it first")
         self.parsed = ParsedPrompt(text, tuple(lora.request for lora in loras))
-        self.rest = [lora for lora in loras if lora.request.name != name]
-        self.layers = [layer for layer, _ in self._moving[0].match.layers]
+        self.ways = Ways(frozenset({moving[0].network.uid}), holdable(moving[0].match.layers))
 
-    @property
-    def can_preview(self) -> bool:
-        """Whether its part can be added to weights that hold the others' sum."""
-        pairs = self._moving[0].match.layers
-        return all(layer.is_rewritable and not adapter.needs_base for layer, adapter in pairs)
-
-    def move(self, strength: float) -> FusePlan:
-        """Its part of the plan at another strength.
+    def move(self, strength: float) -> list[ResolvedLora]:
+        """All LoRAs, this one at another strength.
 
         Raises:
             TagError: If the strength is not finite or beyond the limits of a tag.
@@ -57,4 +51,9 @@ class Slider:
             for request in self.parsed.requests
         )
         self.parsed = replace(self.parsed, requests=tuple(requests))
-        return make_plan((lora.match, replace(lora.scale, te=strength, unet=strength)) for lora in self._moving)
+        return [
+            replace(lora, scale=replace(lora.scale, te=strength, unet=strength))
+            if lora.request.name == self._name
+            else lora
+            for lora in self._loras
+        ]

@@ -9,13 +9,15 @@ from lib_lora.core.adapters import split_linear
 from lib_lora.core.hooks import is_hookable, is_wrapped
 from lib_lora.core.numerics import Term
 from lib_lora.core.plan import FusePlan, LayerPatch
+from lib_lora.core.ways import EXACT
 from lib_lora.errors import UnwritableError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from lib_lora.core.layers import LayerRef
     from lib_lora.core.network import Network
+    from lib_lora.core.ways import Ways
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Division:
     notes: tuple[str, ...] = ()
 
 
-def divide(plan: FusePlan, hook: bool) -> Division:
+def divide(plan: FusePlan, hook: bool, ways: Ways = EXACT) -> Division:
     """Decide for each layer whether it is fused or hooked.
 
     Layers whose weights can not be rewritten (quantised) are hooked in either mode. Algorithms whose ΔW depends on the
@@ -43,6 +45,7 @@ def divide(plan: FusePlan, hook: bool) -> Division:
     Args:
         plan: The whole.
         hook: Whether the user asks for hooks.
+        ways: What is set apart of layers that are fused.
 
     Raises:
         UnwritableError: If an algorithm that must be fused meets a weight that can not be rewritten.
@@ -53,8 +56,12 @@ def divide(plan: FusePlan, hook: bool) -> Division:
     kept: dict[str, None] = {}
     for key, patch in plan.patches.items():
         writable = patch.layer.is_rewritable
-        if writable and not (hook and is_hookable(patch.layer) and not is_wrapped(patch.layer)):
-            fused[key] = patch
+        if writable and not (hook and takes_hooks(patch.layer)):
+            inside, beside = _apart(patch, ways.hooked if takes_hooks(patch.layer) else ())
+            if beside:
+                hooked[key] = beside
+            if inside:
+                fused[key] = _held(inside, ways.held) if key in ways.layers else inside
             continue
         linear, rest = _split(patch)
         if linear:
@@ -68,6 +75,27 @@ def divide(plan: FusePlan, hook: bool) -> Division:
             quantised.append(patch)
     notes = tuple(f"{what} depends on the weights and is fused in hook mode too" for what in kept)
     return Division(FusePlan(fused, plan.compat), FusePlan(hooked, plan.compat), notes + _quantised_note(quantised))
+
+
+def takes_hooks(layer: LayerRef) -> bool:
+    """Whether an update of the layer can be added to its forward, and means the same there."""
+    return is_hookable(layer) and not is_wrapped(layer)
+
+
+def _held(patch: LayerPatch, moving: Collection[str]) -> LayerPatch:
+    """The same patch, its terms that move set apart from those that stay."""
+    stays, moves = _apart(patch, moving)
+    if stays is None:
+        return patch
+    return LayerPatch(patch.layer, moves.terms if moves else (), moves.networks if moves else (), stays)
+
+
+def _apart(patch: LayerPatch, uids: Collection[str]) -> tuple[LayerPatch | None, LayerPatch | None]:
+    """The terms of other networks, and those of these."""
+    if not uids:
+        return patch, None
+    groups = [[pair for pair in _pairs(patch) if (pair[1].uid in uids) is chosen] for chosen in (False, True)]
+    return _joined(patch.layer, groups[0]), _joined(patch.layer, groups[1])
 
 
 def _pairs(patch: LayerPatch) -> Sequence[tuple[Term, Network]]:

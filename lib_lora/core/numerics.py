@@ -117,6 +117,9 @@ def fuse_layer(
     Raises:
         RuntimeError: torch's own, among them OutOfMemoryError.
     """
+    if not terms:
+        out.copy_(base)
+        return
     workspace = workspace or Workspace()
     low_rank = [term for term in terms if is_low_rank(term.adapter)]
     dense = [term for term in terms if not is_low_rank(term.adapter)]

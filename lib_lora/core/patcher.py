@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -24,10 +24,22 @@ if TYPE_CHECKING:
 
     from lib_lora.core.base_store import BaseStore
     from lib_lora.core.patch_state import AppliedKey, Rounding
-    from lib_lora.core.plan import Compat, FusePlan, LayerPatch
+    from lib_lora.core.plan import Compat, FusePlan, LayerPatch, PatchKey
 
 WIDE_PEAK = 1e6
 """Taken for max |W0| of types with float32's range, where reading it would tell nothing."""
+
+
+class Held(NamedTuple):
+    """The sum that terms which move are added to.
+
+    Attributes:
+        key: What is in it.
+        weight: Rounded, of the layer's own dtype and shape.
+    """
+
+    key: PatchKey
+    weight: Tensor
 
 
 class ModelPatcher:
@@ -50,7 +62,7 @@ class ModelPatcher:
         known = (getattr(module, STATE_ATTRIBUTE, None) for module in self._components.values())
         self._state = next((state for state in known if isinstance(state, PatchState)), PatchState(store))
         self._workspace = Workspace()
-        self._constants: dict[str, Tensor] = {}
+        self._held: dict[str, Held] = {}
 
     @property
     def applied_key(self) -> str:
@@ -66,6 +78,15 @@ class ModelPatcher:
     def store(self) -> BaseStore:
         """Where the base weights are."""
         return self._state.store
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the sums that are kept for a plan that sets some terms apart."""
+        return sum(held.weight.numel() * held.weight.element_size() for held in self._held.values())
+
+    def drop_held(self) -> None:
+        """Free these sums; a plan that needs one makes it again."""
+        self._held = {}
 
     def base(self, layer: LayerRef) -> Tensor:
         """The untouched weight of a layer, fused or not; not to be written to."""
@@ -83,7 +104,7 @@ class ModelPatcher:
         Any other exception, a KeyboardInterrupt too, leaves with the base weights back.
         """
         start = time.perf_counter()
-        self._constants = {}
+        self._keep_held(plan)
         if not plan.patches and not self._state.applied:
             return ApplyReport()  # the weights are the base, whoever wrote them
         for module in self._components.values():
@@ -95,10 +116,11 @@ class ModelPatcher:
             leaving = [self._state.layers[key] for key in applied if key not in plan.patches]
             try:
                 self._capture(patch.layer for patch in writes)
+                self._hold(writes)
                 self._refuse_overflow(writes, plan.compat)
                 self._write(writes, leaving, plan.compat)
             except OUT_OF_MEMORY as error:
-                self._restore(list(self._state.layers.values()))
+                self._back_to_base()
                 raise FuseMemoryError(
                     f"not enough memory to fuse {len(writes)} layers: {error}; the base weights are back, "
                     "free memory or keep the base weights elsewhere (store='pinned' or 'checkpoint')"
@@ -106,45 +128,12 @@ class ModelPatcher:
             except NonFiniteError:
                 raise
             except BaseException:
-                self._restore(list(self._state.layers.values()))
+                self._back_to_base()
                 raise
         self._state.plan_key = plan.key
         milliseconds = (time.perf_counter() - start) * 1e3
         notes += _coarse_note(plan)
         return ApplyReport(tuple(patch.layer for patch in writes), tuple(leaving), milliseconds, notes)
-
-    def hold(self, rest: FusePlan, layers: Sequence[LayerRef]) -> ApplyReport:
-        """Prepare `tune`: fuse what stays the same, and keep a copy of it where more will be added.
-
-        Args:
-            rest: Everything but the part that moves.
-            layers: Where the moving part acts; their weights are copied once more until the next `apply`.
-
-        Raises:
-            As `apply`.
-        """
-        report = self.apply(rest)
-        with torch.no_grad():
-            self._capture(layers)
-            self._constants = {layer.key: layer.live().clone() for layer in layers}
-        return report
-
-    def tune(self, moving: FusePlan) -> None:
-        """Weights = held part, as it was rounded, + the moving part; the cost is the moving part's rank alone.
-
-        For a slider that is being dragged: two roundings, so the next `apply` writes these layers anew.
-        """
-        state = self._state
-        state.generation += 1
-        state.plan_key = ""
-        with torch.no_grad():
-            for key, constant in self._constants.items():
-                self._soil(key)
-                live = state.layers[key].live()
-                if patch := moving.patches.get(key):
-                    numerics.fuse_layer(constant, patch.terms, live, self._workspace)
-                else:
-                    live.copy_(constant)
 
     def restore(self) -> ApplyReport:
         """Base weights back, bit for bit.
@@ -154,7 +143,7 @@ class ModelPatcher:
         """
         start = time.perf_counter()
         with torch.no_grad():
-            self._constants = {}
+            self._held = {}
             notes = self._reconcile()
             leaving = [self._state.layers[key] for key in self._state.applied]
             self._restore(leaving)
@@ -180,6 +169,25 @@ class ModelPatcher:
                 taken.append(layer)
         self._mark(taken)
 
+    def _keep_held(self, plan: FusePlan) -> None:
+        """Free the sums that the plan does not add to."""
+        wanted = {key: patch.held.key for key, patch in plan.patches.items() if patch.held is not None}
+        self._held = {key: held for key, held in self._held.items() if wanted.get(key) == held.key}
+
+    def _hold(self, writes: Sequence[LayerPatch]) -> None:
+        """Compute the sums that terms are added to; where one is in the weight as yet, it is copied."""
+        for patch in writes:
+            key, held = patch.layer.key, patch.held
+            if held is None or key in self._held:
+                continue
+            live = patch.layer.live()
+            weight = torch.empty_like(live)
+            if self._state.applied.get(key) == self._key(held, "exact"):
+                weight.copy_(live)
+            else:
+                self._fuse(held, weight, "exact")
+            self._held[key] = Held(held.key, weight)
+
     def _write(self, writes: Sequence[LayerPatch], leaving: Sequence[LayerRef], compat: Compat) -> None:
         self._restore(leaving)
         state = self._state
@@ -194,14 +202,20 @@ class ModelPatcher:
     def _fuse(self, patch: LayerPatch, out: Tensor, compat: Compat) -> None:
         """One layer; on a device without memory for it, through the host's."""
         try:
-            self._kernel(self._base(patch.layer, out), patch, out, compat)
+            self._kernel(self._start(patch, out), patch, out, compat)
         except OUT_OF_MEMORY:
             self._workspace = Workspace()
             if out.device.type == "cuda":
                 torch.cuda.empty_cache()
             host = torch.empty_like(out, device="cpu")
-            self._kernel(self._base(patch.layer, host), patch, host, compat)
+            self._kernel(self._start(patch, host), patch, host, compat)
             out.copy_(host)
+
+    def _start(self, patch: LayerPatch, like: Tensor) -> Tensor:
+        """What a patch's terms are added to: the base weight, or the sum that is held; on the device of `like`."""
+        if patch.held is None:
+            return self._base(patch.layer, like)
+        return self._held[patch.layer.key].weight.to(like.device)
 
     def _base(self, layer: LayerRef, like: Tensor) -> Tensor:
         """What is added to: the untouched weight, or the wider master of one in fp8; on the device of `like`."""
@@ -221,6 +235,10 @@ class ModelPatcher:
 
     def _key(self, patch: LayerPatch, compat: Compat) -> AppliedKey:
         return compat, self._rounding(patch.layer), patch.key
+
+    def _back_to_base(self) -> None:
+        self._held = {}
+        self._restore(list(self._state.layers.values()))
 
     def _restore(self, layers: Sequence[LayerRef]) -> None:
         state = self._state
@@ -247,7 +265,7 @@ class ModelPatcher:
         """Prove that every weight stays finite; where the bounds do not prove it, compute and look."""
         for patch in writes:
             live = patch.layer.live()
-            if numerics.is_finite_for_sure(patch.terms, self._peak(patch.layer, live), live.dtype):
+            if numerics.is_finite_for_sure(patch.summands, self._peak(patch.layer, live), live.dtype):
                 continue
             trial = torch.empty_like(live)
             self._fuse(patch, trial, compat)
@@ -287,6 +305,7 @@ class ModelPatcher:
             self._forget(layer.key)
         for layer in changes[Change.CONVERTED]:
             state.peaks.pop(layer.key, None)
+            self._held.pop(layer.key, None)
             if layer.key in state.applied:
                 state.applied[layer.key] = DIRTY
         return (f"{len(replaced)} layers hold new base weights",) if replaced else ()
@@ -303,6 +322,7 @@ class ModelPatcher:
 
     def _forget(self, key: str) -> None:
         state = self._state
+        self._held.pop(key, None)
         state.store.forget(key)
         state.layers.pop(key, None)
         state.applied.pop(key, None)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 Compat = Literal["exact", "a1111"]
 PatchKey = tuple[tuple[str, ...], tuple[float, ...]]
 
+ROUNDED = "rounded"
+"""In a key, between the networks whose sum was rounded and those that were added to it."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -180,16 +183,28 @@ class LayerPatch:
         layer: Where.
         terms: The summands.
         networks: The network of each term; two patches with the same networks and factors have the same effect.
+        held: What is added and rounded before the terms are, and kept from one strength of theirs to the next: then
+            the terms alone cost time, at the price of a second rounding. None for one sum.
     """
 
     layer: LayerRef
     terms: tuple[Term, ...]
     networks: tuple[Network, ...]
+    held: LayerPatch | None = None
 
     @cached_property
     def key(self) -> PatchKey:
         """Everything that decides the result of this layer."""
-        return tuple(network.uid for network in self.networks), tuple(term.factor for term in self.terms)
+        uids, factors = tuple(network.uid for network in self.networks), tuple(term.factor for term in self.terms)
+        if self.held is None:
+            return uids, factors
+        before, first = self.held.key
+        return ((*before, ROUNDED, *uids), (*first, *factors)) if self.terms else self.held.key
+
+    @property
+    def summands(self) -> tuple[Term, ...]:
+        """All terms, those that are held too."""
+        return (*(self.held.terms if self.held else ()), *self.terms)
 
     @cached_property
     def seed(self) -> int:
@@ -199,7 +214,8 @@ class LayerPatch:
 
     def heaviest(self) -> Network:
         """The network that can add the largest number."""
-        pairs = zip(self.terms, self.networks, strict=True)
+        networks = (*(self.held.networks if self.held else ()), *self.networks)
+        pairs = zip(self.summands, networks, strict=True)
         return max(pairs, key=lambda pair: abs(pair[0].factor) * pair[0].adapter.bound())[1]
 
 

@@ -1,0 +1,166 @@
+"""How a strength that moves while a picture is made is brought into the model, chosen by what each way costs.
+
+- ``exact``: all LoRAs of a layer are fused anew at each move. One rounding, no memory.
+- ``held``: the sum of those that stay is rounded and kept; at a move the one that moves is added to it, at the cost of
+  its own rank. Two roundings, and one more copy of the weights it acts on.
+- ``hooked``: the one that moves is no part of the weights; forwards add it, which each step pays where it acts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from lib_lora.core.numerics import has_native_gemm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Way = Literal["exact", "held", "hooked"]
+
+FEW_MOVES = 2
+"""On and off (``start= stop= step=``): up to here pictures are those of a switch by hand, bit for bit."""
+POSITIONS = 1500
+"""Where a layer is computed in a step, on average over in + out: SD1.5, 512 x 512 pixels, guidance (batch 2)."""
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Which parts of a plan are not fused in one sum.
+
+    Attributes:
+        held: `Network.uid` of those that are added to the held sum of the others.
+        layers: Keys of the layers where such a sum is held.
+        hooked: `Network.uid` of those that are added to forwards.
+    """
+
+    held: frozenset[str] = frozenset()
+    layers: frozenset[str] = frozenset()
+    hooked: frozenset[str] = frozenset()
+
+
+EXACT = Ways()
+
+
+class Rates(NamedTuple):
+    """What a device does in a second, and what a layer costs whatever its size.
+
+    Attributes:
+        gemm: Multiplications and additions, each counted.
+        bandwidth: Bytes that are read or written.
+        layer: Seconds to fuse or hook one.
+        hook: Seconds that one hook adds to a step.
+    """
+
+    gemm: float
+    bandwidth: float
+    layer: float
+    hook: float
+
+
+CPU = Rates(gemm=170e9, bandwidth=36e9, layer=60e-6, hook=60e-6)
+CPU_HALF = Rates(gemm=450e9, bandwidth=36e9, layer=60e-6, hook=60e-6)
+GPU = Rates(gemm=50e12, bandwidth=600e9, layer=80e-6, hook=25e-6)
+
+
+class Load(NamedTuple):
+    """A layer that the moving network acts on.
+
+    Attributes:
+        elements: Of its weight.
+        itemsize: Bytes of each.
+        edge: Rows + columns of the weight as a matrix.
+        rank: Of the moving network.
+        others: Σ rank of the networks that stay.
+        can_hold: Whether their sum can be held (see `moving.holdable`).
+    """
+
+    elements: int
+    itemsize: int
+    edge: int
+    rank: int
+    others: int
+    can_hold: bool = True
+
+    @property
+    def is_held(self) -> bool:
+        """Whether there is a sum to hold, and it can be."""
+        return self.can_hold and self.others > 0
+
+
+@dataclass(frozen=True)
+class Movement:
+    """What the rest of a pass asks of one network.
+
+    Attributes:
+        moves: Steps at which its strength changes.
+        active: Steps at which it is not 0.
+        is_fused: Whether it is in the weights as yet.
+        loads: Where it acts.
+        can_hook: Whether all of these layers can be hooked.
+        free_bytes: Memory for copies of weights, or None if that is not known.
+    """
+
+    moves: int
+    active: int
+    is_fused: bool
+    loads: Sequence[Load]
+    can_hook: bool = False
+    free_bytes: int | None = None
+
+
+def rates_of(device_type: str, dtype: torch.dtype) -> Rates:
+    """Rates of a device of this type, for weights of this dtype."""
+    if device_type != "cpu":
+        return GPU
+    return CPU_HALF if dtype != torch.float32 and has_native_gemm(dtype, device_type) else CPU
+
+
+def choose(movement: Movement, rates: Rates) -> Way:
+    """The cheapest way that is possible; the simpler one where two cost the same."""
+    if movement.moves <= FEW_MOVES:
+        return "exact"
+    costs: dict[Way, Callable[[Movement, Rates], float]] = {"exact": exact_cost}
+    if any(load.is_held for load in movement.loads) and _fits(movement):
+        costs["held"] = held_cost
+    if movement.can_hook:
+        costs["hooked"] = hooked_cost
+    return min(costs, key=lambda way: costs[way](movement, rates))
+
+
+def exact_cost(movement: Movement, rates: Rates) -> float:
+    """Seconds to fuse everything at each move."""
+    return movement.moves * sum(_fusing(load, load.others + load.rank, rates) for load in movement.loads)
+
+
+def held_cost(movement: Movement, rates: Rates) -> float:
+    """Seconds to compute the held sums once, or copy them where the weights are that, and to add to them."""
+    ranks = [load.rank if load.is_held else load.others + load.rank for load in movement.loads]
+    moving = sum(_fusing(load, rank, rates) for load, rank in zip(movement.loads, ranks, strict=True))
+    held = (load for load in movement.loads if load.is_held)
+    return movement.moves * moving + sum(_fusing(load, load.others * movement.is_fused, rates) for load in held)
+
+
+def hooked_cost(movement: Movement, rates: Rates) -> float:
+    """Seconds to take the network out of the weights, to hook it at each move, and to compute it in each step."""
+    out = sum(_fusing(load, load.others, rates) for load in movement.loads) if movement.is_fused else 0.0
+    step = sum(
+        rates.hook + 2 * POSITIONS * min(load.rank * load.edge, load.elements) / rates.gemm for load in movement.loads
+    )
+    return out + movement.moves * rates.layer * len(movement.loads) + movement.active * step
+
+
+def held_bytes(movement: Movement) -> int:
+    """Memory of the sums that would be held."""
+    return sum(load.elements * load.itemsize for load in movement.loads if load.is_held)
+
+
+def _fits(movement: Movement) -> bool:
+    return movement.free_bytes is None or held_bytes(movement) <= movement.free_bytes
+
+
+def _fusing(load: Load, rank: int, rates: Rates) -> float:
+    """Seconds to read a weight, add an update of this rank, and write it."""
+    return rates.layer + 2 * load.elements * load.itemsize / rates.bandwidth + 2 * load.elements * rank / rates.gemm
