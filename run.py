@@ -1,4 +1,4 @@
-"""Set up and start Prefuse with nothing but Python: ``python run.py demo | test | bench``.
+"""Set up and start Prefuse with nothing but Python: ``python run.py demo | serve | test | bench``.
 
 The first start makes `.venv` beside this file and installs the pinned requirements; later starts find a stamp and go on
 at once. Standard library only.
@@ -24,6 +24,7 @@ OLDEST_TORCH = (2, 1, 2)
 RUN_FILES = ("requirements.txt", "requirements-data.txt")
 COMMANDS = {
     "demo": (("-m", "lib_lora", "demo"), RUN_FILES),
+    "serve": (("-m", "lib_lora", "serve"), RUN_FILES),
     "bench": (("-m", "lib_lora", "bench"), RUN_FILES),
     "test": (
         ("-m", "pytest", "-n", "auto", "--dist", "worksteal", "-m", "not slow"),
@@ -35,6 +36,7 @@ PINS_TESTS = ("tests/webui", "tests/unit", "tests/property", "tests/faults", "-m
 USAGE = """usage: python run.py COMMAND [options]
 
   demo    pictures of the embedded model, with and without LoRAs, and a table of timings
+  serve   the page, in a browser of this computer: --model, --lora-dir, --port and more
   test    the tests of less than ten seconds each; options go to pytest (-m "": all of them;
           --webui-pins: those of the core and the extension, with the WebUI's versions)
   bench   the benchmarks: --suite steps | switch | families | merge | resize | extract | files"""

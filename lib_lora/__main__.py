@@ -24,6 +24,7 @@ from lib_lora.cli import (
     metadata,
     resize,
     resize_images,
+    serve,
     split_dylora,
 )
 from lib_lora.errors import PrefuseError
@@ -39,6 +40,7 @@ COMMANDS = MappingProxyType(
     {
         "demo": demo,
         "generate": generate,
+        "serve": serve,
         "inspect": inspect,
         "merge": merge,
         "extract": extract,

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import secrets
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib_lora.cli.output import tell
-from lib_lora.errors import ModelError, RequestError
+from lib_lora.cli.output import bar, tell
+from lib_lora.errors import RequestError
 
 if TYPE_CHECKING:
     import argparse
 
     from lib_lora.hosts.standalone.loading import LoadedModel
     from lib_lora.session import LoraSession
-
-OUTPUTS = Path("outputs")
-LORAS = Path("loras")
-SEEDS = 2**32
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -48,19 +43,22 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, _: list[str]) -> None:
     """Make a picture from a prompt with LoRA tags."""
     from lib_lora.core.saving import save_bytes
-    from lib_lora.hosts.standalone.generate import GenerateRequest, generate
+    from lib_lora.hosts.host import SEEDS, GenerateRequest
+    from lib_lora.hosts.standalone.generate import generate
+    from lib_lora.hosts.standalone.host import OUTPUTS, next_free
     from lib_lora.hosts.standalone.infotext import png_bytes
 
     seed = secrets.randbelow(SEEDS) if arguments.seed == -1 else arguments.seed
     names = ("prompt", "negative", "steps", "cfg", "width", "height", "sampler")
     request = GenerateRequest(seed=seed, **{name: getattr(arguments, name) for name in names})
     request.check()
-    out = arguments.out or _next_free(OUTPUTS, seed)
+    out = arguments.out or next_free(OUTPUTS, seed)
     if out.exists() and not arguments.force:
         raise RequestError(f"{out} exists; choose another --out, or --force to replace it.")
     loaded, session = _load(arguments)
     start = time.perf_counter()
-    picture = generate(loaded, session, request, progress=sys.stderr.isatty())[0]
+    with bar("drawing", "step") as progress:
+        picture = generate(loaded, session, request, progress=progress)[0]
     seconds = time.perf_counter() - start
     out.parent.mkdir(parents=True, exist_ok=True)
     save_bytes(out, png_bytes(picture.image, picture.infotext), overwrite=arguments.force)
@@ -72,26 +70,11 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def _load(arguments: argparse.Namespace) -> tuple[LoadedModel, LoraSession]:
     """The model, and a session that looks into the LoRA folders."""
-    import torch
+    from lib_lora.catalog import LoraCatalog
+    from lib_lora.hosts.standalone.host import found_folders, open_session
 
-    from lib_lora.hosts.standalone.demo import LORA_DIR
-    from lib_lora.hosts.standalone.loading import DEMO, DEMO_THREADS, load_pipeline
-    from lib_lora.session import LoraSession
-
-    folders = arguments.lora_dir or [LORAS, *([LORA_DIR] if arguments.model == DEMO else [])]
-    missing = [folder for folder in arguments.lora_dir or () if not folder.is_dir()]
-    if missing:
-        raise ModelError(f"There is no LoRA folder {missing[0]}.")
-    if arguments.model == DEMO:
-        torch.set_num_threads(DEMO_THREADS)
-    options = {"tokenizer": arguments.tokenizer, "prediction": arguments.prediction}
-    loaded = load_pipeline(arguments.model, arguments.device, arguments.dtype, **options)
-    found = [folder for folder in folders if folder.is_dir()]
-    session = LoraSession.for_pipeline(loaded.pipe, found, mode=arguments.mode, checkpoint=loaded.files or None)
-    return loaded, session
-
-
-def _next_free(folder: Path, seed: int) -> Path:
-    """``00000-SEED.png`` with the first number above all that are there, as the WebUI counts."""
-    numbers = [int(file.name[:5]) for file in folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
-    return folder / f"{max(numbers, default=-1) + 1:05d}-{seed}.png"
+    catalog = LoraCatalog(found_folders(arguments.lora_dir or (), arguments.model))
+    names = ("device", "dtype", "mode")
+    options = {name: getattr(arguments, name) for name in names}
+    loading = {"tokenizer": arguments.tokenizer, "prediction": arguments.prediction}
+    return open_session(arguments.model, catalog, loading=loading, **options)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lib_lora.errors import RequestError
-from lib_lora.hosts.standalone.samplers import DEFAULT_SAMPLER, SAMPLERS, make_scheduler
+from lib_lora.hosts.host import DEFAULT_SAMPLER
+from lib_lora.hosts.standalone.samplers import SAMPLERS, make_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 

@@ -9,7 +9,8 @@ import pytest
 from lib_lora import LoraSession
 from lib_lora.core.keymap import KeyMap
 from lib_lora.errors import ApplyError
-from lib_lora.hosts.standalone.generate import GenerateRequest, generate
+from lib_lora.hosts.host import GenerateRequest
+from lib_lora.hosts.standalone.generate import generate
 from lib_lora.hosts.standalone.loading import load_pipeline
 from lib_lora.pipelines import step_callback
 from tests.tiny_pipelines import make_tiny, write_folder

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.webui_real.browser import MISSING as NO_BROWSER
+from tests.browser import MISSING as NO_BROWSER
 from tests.webui_real.make_controlnet import MISSING as NO_CONTROLNET
 from tests.webui_real.server import Answer, WebUI
 

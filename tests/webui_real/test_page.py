@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.webui_real.browser import MISSING, Browser, find_browser
+from tests.browser import MISSING, Browser, find_browser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from lib_lora.core.saving import save_bytes
+from lib_lora.hosts.host import GenerateRequest
 from lib_lora.hosts.standalone.demo import LORA_DIR
-from lib_lora.hosts.standalone.generate import GenerateRequest, generate
+from lib_lora.hosts.standalone.generate import generate
 from lib_lora.hosts.standalone.grid import draw_grid
 from lib_lora.hosts.standalone.infotext import png_bytes
 from lib_lora.hosts.standalone.loading import DEMO, DEMO_THREADS, load_pipeline

@@ -9,66 +9,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib_lora import __version__
+from lib_lora.core.saving import no_progress
 from lib_lora.errors import RequestError
 from lib_lora.hosts.standalone.infotext import Infotext
-from lib_lora.hosts.standalone.samplers import DEFAULT_SAMPLER, make_scheduler
+from lib_lora.hosts.standalone.samplers import make_scheduler
 from lib_lora.pipelines import step_callback
 from lib_lora.prompt.tags import parse_prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from PIL.Image import Image
 
+    from lib_lora.core.saving import Progress
+    from lib_lora.hosts.host import GenerateRequest
     from lib_lora.hosts.standalone.loading import LoadedModel
     from lib_lora.report import SessionReport
     from lib_lora.session import LoraSession
-
-SIZE_STEP = 8
-SEEDS = 2**32
-
-
-@dataclass(frozen=True)
-class GenerateRequest:
-    """What to draw.
-
-    Attributes:
-        prompt: With tags.
-        negative: Negative prompt; tags mean nothing in it.
-        steps: Sampling steps.
-        cfg: Guidance scale; 1 or less switches guidance off.
-        seed: Of the first picture; the next ones count up.
-        width: In pixels, a multiple of 8; None for the model's own.
-        height: As `width`.
-        sampler: The WebUI's name.
-        count: Number of pictures.
-    """
-
-    prompt: str
-    negative: str = ""
-    steps: int = 20
-    cfg: float = 7.0
-    seed: int = 0
-    width: int | None = None
-    height: int | None = None
-    sampler: str = DEFAULT_SAMPLER
-    count: int = 1
-
-    def check(self) -> None:
-        """Refuse what can not be drawn.
-
-        Raises:
-            RequestError: If a number is out of its range.
-        """
-        for name, size in (("width", self.width), ("height", self.height)):
-            if size is not None and (size < SIZE_STEP or size % SIZE_STEP):
-                raise RequestError(f"The {name} must be a multiple of {SIZE_STEP} pixels, not {size}.")
-        if self.steps < 1 or self.count < 1:
-            raise RequestError(f"At least 1 step and 1 picture are needed, not {self.steps} and {self.count}.")
-        if not math.isfinite(self.cfg):
-            raise RequestError(f"The guidance scale must be a number, not {self.cfg}.")
-        if not 0 <= self.seed <= SEEDS - self.count:
-            raise RequestError(f"The seed must be from 0 to {SEEDS - self.count}, not {self.seed}.")
 
 
 @dataclass(frozen=True)
@@ -81,7 +38,7 @@ class GeneratedImage:
 
 
 def generate(
-    loaded: LoadedModel, session: LoraSession, request: GenerateRequest, *, progress: bool = False
+    loaded: LoadedModel, session: LoraSession, request: GenerateRequest, *, progress: Progress = no_progress
 ) -> list[GeneratedImage]:
     """Set the LoRAs of the prompt and draw.
 
@@ -89,7 +46,7 @@ def generate(
         loaded: The model that `session` works on.
         session: Its weights are as the prompt asks afterwards.
         request: What to draw.
-        progress: Whether to show a bar.
+        progress: Told the calls of the model done, of all; what it raises ends the drawing.
 
     Raises:
         RequestError: If a number is out of range, there is no such sampler, or a picture is NaN.
@@ -98,16 +55,22 @@ def generate(
     request.check()
     pipe = loaded.pipe
     pipe.scheduler = make_scheduler(request.sampler, loaded.scheduler)
-    pipe.set_progress_bar_config(disable=not progress)
-    seeds = range(request.seed, request.seed + request.count)
+    pipe.set_progress_bar_config(disable=True)
     with session.lease():
-        return [_generate(loaded, session, request, seed) for seed in seeds]
+        return [_generate(loaded, session, request, index, progress) for index in range(request.count)]
 
 
-def _generate(loaded: LoadedModel, session: LoraSession, request: GenerateRequest, seed: int) -> GeneratedImage:
+def _generate(
+    loaded: LoadedModel, session: LoraSession, request: GenerateRequest, index: int, progress: Progress
+) -> GeneratedImage:
     """One picture, with the LoRAs as its seed makes them."""
+    seed = request.seed + index
     session.set(parse_prompt(request.prompt, seed))
-    image = _draw(loaded, session, request, seed)
+
+    def called(calls: int, of: int) -> None:
+        progress(index * of + calls, request.count * of)
+
+    image = _draw(loaded, session, request, seed, called)
     report = session.report
     names = [lora.name for lora in report.applied]
     hashes = session.catalog.lora_hashes([session.catalog.find(name) for name in names], names)
@@ -116,7 +79,7 @@ def _generate(loaded: LoadedModel, session: LoraSession, request: GenerateReques
     return GeneratedImage(image, _infotext(loaded, request, image, seed, loras), report)
 
 
-def _draw(loaded: LoadedModel, session: LoraSession, request: GenerateRequest, seed: int) -> Image:
+def _draw(loaded: LoadedModel, session: LoraSession, request: GenerateRequest, seed: int, progress: Progress) -> Image:
     """One picture, with the LoRAs that are set."""
     options: dict[str, Any] = {
         "negative_prompt": request.negative or None,
@@ -126,7 +89,7 @@ def _draw(loaded: LoadedModel, session: LoraSession, request: GenerateRequest, s
         "height": request.height or loaded.size,
         "generator": torch.Generator("cpu").manual_seed(seed),
         "output_type": "np",
-        "callback_on_step_end": step_callback(session.advance),
+        "callback_on_step_end": _step_end(session, progress),
         "callback_on_step_end_tensor_inputs": [],
     }
     pixels = loaded.pipe(session.report.text, **options).images[0]
@@ -134,6 +97,16 @@ def _draw(loaded: LoadedModel, session: LoraSession, request: GenerateRequest, s
         dtype = loaded.pipe.unet.dtype
         raise RequestError(f"The picture of seed {seed} is not a number (NaN) in {dtype}; try --dtype fp32 or bf16.")
     return loaded.pipe.numpy_to_pil(pixels)[0]
+
+
+def _step_end(session: LoraSession, progress: Progress) -> Callable[..., dict[str, Any]]:
+    move = step_callback(session.advance)
+
+    def on_step_end(pipe: Any, call: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        progress(call + 1, pipe.num_timesteps)
+        return move(pipe, call, timestep, tensors)
+
+    return on_step_end
 
 
 def _infotext(

@@ -11,8 +11,6 @@ from lib_lora.hosts.standalone.libraries import diffusers_class
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-DEFAULT_SAMPLER = "Euler a"
-
 
 class Sampler(NamedTuple):
     """A scheduler class of diffusers and what it is told beside the model's own settings."""

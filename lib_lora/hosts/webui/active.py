@@ -12,9 +12,9 @@ import torch
 from modules import devices, shared
 
 from lib_lora.errors import ForeignWriteError, PrefuseError
+from lib_lora.hosts.guard import attempt, logger, sentence
 from lib_lora.hosts.webui.embeddings import BundledEmbeddings
 from lib_lora.hosts.webui.extra_network import REQUEST
-from lib_lora.hosts.webui.guard import attempt, logger, sentence
 from lib_lora.hosts.webui.hashes import short_hashes
 from lib_lora.hosts.webui.infotext import write_infotext, write_status
 from lib_lora.hosts.webui.messages import tell

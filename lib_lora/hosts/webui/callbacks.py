@@ -6,15 +6,16 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from lib_lora.hosts.webui.guard import attempt
+from lib_lora.hosts.guard import attempt
 from lib_lora.hosts.webui.settings import add_settings, read_settings
-from lib_lora.hosts.webui.xyz import add_axes
+from lib_lora.hosts.webui.xyz import Known, add_axes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lib_lora.hosts.webui.active import ActiveLoras
     from lib_lora.hosts.webui.takeover import TakeOver
+    from lib_lora.prompt.block_weights import Presets
 
 
 class Extension:
@@ -29,7 +30,7 @@ class Extension:
 
     def before_ui(self) -> None:
         """The page is being made."""
-        _guarded("adding axes to the X/Y/Z plot", lambda: add_axes(self._names))
+        _guarded("adding axes to the X/Y/Z plot", lambda: add_axes(Known(self._names, self._presets, self._blocks)))
 
     def app_started(self, _demo: Any, app: Any) -> None:
         """The server is up, and the built-in extension has registered its network: the moment to take over."""
@@ -97,6 +98,12 @@ class Extension:
         """Names that tags of the X/Y/Z plot can have."""
         entries = self._loras().sessions.catalog.entries() if self._takeover is not None else ()
         return sorted(entry.tag_name for entry in entries if entry.tag_name)
+
+    def _presets(self) -> Presets:
+        return self._loras().sessions.presets.read()
+
+    def _blocks(self) -> Sequence[str]:
+        return self._loras().sessions.blocks()
 
     def _tag_name(self, file: str) -> str:
         """How our tags spell a file; the built-in extension's may not understand it."""

@@ -10,7 +10,7 @@ from modules.textual_inversion import textual_inversion
 
 from lib_lora.core.files import FileIdentity
 from lib_lora.core.network import load_network
-from lib_lora.hosts.webui.guard import logger
+from lib_lora.hosts.guard import logger
 from lib_lora.hosts.webui.settings import option
 
 if TYPE_CHECKING:

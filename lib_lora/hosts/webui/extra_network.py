@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules import extra_networks
 
-from lib_lora.hosts.webui.guard import attempt, sentence
+from lib_lora.hosts.guard import attempt, sentence
 from lib_lora.hosts.webui.messages import tell
 from lib_lora.hosts.webui.settings import option, read_settings
 from lib_lora.hosts.webui.takeover import TAG

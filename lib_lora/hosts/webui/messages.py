@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lib_lora.hosts.webui.guard import logger
+from lib_lora.hosts.guard import logger
 
 
 def tell(p: Any, text: str) -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from modules import cache, paths_internal
+from modules import cache, paths_internal, sd_models
 
 from lib_lora.catalog import LoraCatalog
-from lib_lora.hosts.webui.guard import attempt, logger
+from lib_lora.core.keymap import KeyMap
+from lib_lora.hosts.guard import attempt, logger
 from lib_lora.hosts.webui.loaded import checkpoint_file, lora_folders
 from lib_lora.presets import WEIGHTS_FILE, PresetFiles
+from lib_lora.prompt.block_names import LISTS, ORDER
 from lib_lora.session import LoraSession
 
 if TYPE_CHECKING:
@@ -87,6 +89,16 @@ class Sessions:
             handle = unet.register_load_state_dict_post_hook(lambda _, keys: loads.append(keys))
             self._entries[sd_model] = _Entry(session, checkpoint, settings.store, loads, handle)
         return session
+
+    def blocks(self) -> list[str]:
+        """Names of the loaded model's blocks in their order; of SD1's if none is loaded yet."""
+        sd_model = sd_models.model_data.sd_model
+        if sd_model is None:
+            return [*LISTS[26]]
+        session = self.known(sd_model)
+        keymap = KeyMap.from_modules(components(sd_model)) if session is None else session.keymap
+        blocks = {layer.block for layer in keymap}
+        return [block for block in ORDER if block in blocks]
 
     def weights_loaded(self, sd_model: Any) -> None:
         """A model was loaded, or its VAE: if its own weights were, they are the base now."""

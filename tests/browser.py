@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 MISSING = (
-    "tests/webui_real/test_page.py did not run: no browser; set PREFUSE_CHROMIUM to the executable of a Chromium, "
+    "a test of a page did not run: no browser; set PREFUSE_CHROMIUM to the executable of a Chromium, "
     f"or have one of {', '.join(NAMES)} on PATH"
 )
 FLAGS = (

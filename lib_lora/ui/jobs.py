@@ -1,0 +1,172 @@
+"""Long jobs of the page: one at a time, each with how far it is, and each can be cancelled."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from lib_lora.errors import PrefuseError
+from lib_lora.hosts.guard import attempt, sentence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from lib_lora.core.saving import Progress
+
+T = TypeVar("T")
+Phase = Literal["waiting", "running", "done", "refused", "cancelled"]
+LOOK_SECONDS = 0.2
+"""Between two looks at how far a job is."""
+
+
+class CancelledError(PrefuseError):
+    """The user does not want it any more."""
+
+
+@dataclass(frozen=True)
+class JobState(Generic[T]):
+    """How far a job is.
+
+    Attributes:
+        phase: ``waiting`` for others, ``running``, or how it ended.
+        ahead: How many jobs are before it.
+        done: Of `total`.
+        total: 0 as long as it is not known.
+        seconds: Since it began.
+        result: Of one that is ``done``.
+        reason: Why it was ``refused``.
+    """
+
+    phase: Phase = "waiting"
+    ahead: int = 0
+    done: int = 0
+    total: int = 0
+    seconds: float = 0.0
+    result: T | None = None
+    reason: str = ""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until its end, if it goes on as until now; None if that can not be said."""
+        return self.seconds * (self.total - self.done) / self.done if self.done and self.total else None
+
+
+class Jobs:
+    """The queue of a page: one job runs, the others wait."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Job[Any]] = deque()
+        self._changed = threading.Condition()
+
+    def start(self, work: Callable[[Progress], T]) -> Job[T]:
+        """Begin a job, or let it wait until those before have ended.
+
+        Args:
+            work: Gets the function that it has to call with how much of how much is done.
+        """
+        job = Job(work, self)
+        with self._changed:
+            self._waiting.append(job)
+        threading.Thread(target=self._run, args=(job,), daemon=True).start()
+        return job
+
+    def ahead_of(self, job: Job[Any]) -> int:
+        """How many jobs have to end before this one."""
+        with self._changed:
+            return self._waiting.index(job) if job in self._waiting else 0
+
+    def _run(self, job: Job[Any]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting[0] is job or job.is_cancelled)
+        try:
+            job.work()
+        finally:
+            with self._changed:
+                self._waiting.remove(job)
+                self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Let jobs that wait look whether they were cancelled."""
+        with self._changed:
+            self._changed.notify_all()
+
+
+@dataclass(eq=False)
+class Job(Generic[T]):
+    """One job of a queue."""
+
+    action: Callable[[Progress], T]
+    jobs: Jobs
+    _state: JobState[T] = field(default_factory=lambda: JobState())
+    _started: float = 0.0
+    _cancel: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody wants it any more; it ends at its next word about how far it is."""
+        return self._cancel.is_set()
+
+    def cancel(self) -> None:
+        """End it as soon as it says how far it is; what it has written is removed."""
+        self._cancel.set()
+        self.jobs.wake()
+
+    def state(self) -> JobState[T]:
+        """How far it is now."""
+        state = self._state
+        if state.phase == "waiting":
+            return replace(state, ahead=self.jobs.ahead_of(self))
+        return replace(state, seconds=time.monotonic() - self._started) if state.phase == "running" else state
+
+    def states(self) -> Iterator[JobState[T]]:
+        """How far it is, again and again, until its end."""
+        while True:
+            state = self.state()
+            yield state
+            if state.phase not in ("waiting", "running"):
+                return
+            time.sleep(LOOK_SECONDS)
+
+    def work(self) -> None:
+        """Do it, in the thread of the queue."""
+        self._started = time.monotonic()
+        self._state = replace(self._state, phase="running")
+        result, error = attempt("a job of the page", self._act)
+        seconds = time.monotonic() - self._started
+        if error is None:
+            self._state = replace(self._state, phase="done", seconds=seconds, result=result)
+        elif isinstance(error, CancelledError):
+            self._state = replace(self._state, phase="cancelled", seconds=seconds)
+        else:
+            self._state = replace(self._state, phase="refused", seconds=seconds, reason=sentence(error))
+
+    def _act(self) -> T:
+        self._told(0, 0)
+        return self.action(self._told)
+
+    def _told(self, done: int, total: int) -> None:
+        if self.is_cancelled:
+            raise CancelledError("cancelled")
+        self._state = replace(self._state, done=done, total=total)
+
+
+class Slot:
+    """What one form starts and cancels."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._mine: list[Job[Any]] = []
+
+    def run(self, work: Callable[[Progress], T]) -> Iterator[JobState[T]]:
+        """Begin a job; how far it is, until its end. It goes on if nobody listens any more."""
+        job = self._jobs.start(work)
+        self._mine = [*(one for one in self._mine if one.state().phase in ("waiting", "running")), job]
+        yield from job.states()
+
+    def cancel(self) -> None:
+        """End all jobs of this form, those that wait too."""
+        for job in self._mine:
+            job.cancel()

@@ -1,0 +1,67 @@
+"""HTML that the page shows. Every text goes through `escape`, wherever it comes from."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lib_lora.report import SessionReport
+    from lib_lora.ui.jobs import JobState
+    from lib_lora.ui.texts import Texts
+
+MINUTE = 60
+FEW_SECONDS = 10
+
+
+def job_status(texts: Texts, state: JobState[Any]) -> str:
+    """A bar and a line about how far a job is."""
+    words = escape(_words(texts, state))
+    if state.phase == "running":
+        value = f' value="{state.done}" max="{state.total}"' if state.total else ""
+        return f'<div class="prefuse-job" role="status"><progress{value}></progress><span>{words}</span></div>'
+    return f'<div class="prefuse-job prefuse-{state.phase}" role="status"><span>{words}</span></div>'
+
+
+def message(text: str, kind: str = "note") -> str:
+    """A line; `kind` is ``note`` or ``refused``."""
+    return f'<div class="prefuse-{escape(kind)}" role="status">{escape(text)}</div>' if text else ""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of texts."""
+    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="prefuse-table"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def report_lines(report: SessionReport) -> str:
+    """What the LoRAs of a picture did, line by line."""
+    kinds = {"+": "applied", "-": "refused", "!": "note"}
+    lines = str(report).splitlines()
+    items = "".join(f'<li class="prefuse-{kinds.get(line[:1], "line")}">{escape(line)}</li>' for line in lines)
+    return f'<ul class="prefuse-report">{items}</ul>'
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes and seconds."""
+    if seconds < MINUTE:
+        return f"{seconds:.{0 if seconds >= FEW_SECONDS else 1}f} s"
+    minutes, rest = divmod(round(seconds), MINUTE)
+    return f"{minutes} min {rest} s"
+
+
+def _words(texts: Texts, state: JobState[Any]) -> str:
+    if state.phase == "waiting":
+        return texts("job.waiting", ahead=state.ahead)
+    if state.phase == "refused":
+        return state.reason
+    if state.phase != "running":
+        return texts(f"job.{state.phase}", seconds=duration(state.seconds))
+    left = state.seconds_left
+    if left is None:
+        return texts("job.running", seconds=duration(state.seconds))
+    percent = f"{100 * state.done / state.total:.0f}"
+    return texts("job.left", percent=percent, seconds=duration(state.seconds), left=duration(left))

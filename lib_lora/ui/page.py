@@ -1,0 +1,167 @@
+"""The page: its sub-tabs, and what they share."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from lib_lora.ui.jobs import Jobs, Slot
+from lib_lora.ui.texts import Texts
+from lib_lora.ui.versions import launch, listen, new_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from lib_lora.hosts.host import Host
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = ROOT / "javascript" / "prefuse_tab.js"
+STYLE = ROOT / "style.css"
+TEXT_KINDS = (gr.Button, gr.DownloadButton) if hasattr(gr, "DownloadButton") else (gr.Button,)
+"""Components whose words are their value."""
+
+
+class Page:
+    """What sub-tabs are made with.
+
+    Attributes:
+        host: The program around the page.
+        texts: Words of its language.
+    """
+
+    def __init__(self, host: Host, texts: Texts) -> None:
+        self.host = host
+        self.texts = texts
+        self._jobs = Jobs()
+        self._hints: dict[str, str] = {}
+        self._sources: list[tuple[Any, Callable[[], Sequence[str]]]] = []
+        self._first: tuple[Callable[[], Any], list[Any]] | None = None
+
+    def slot(self) -> Slot:
+        """Where a form runs its jobs; they wait for those of other forms."""
+        return Slot(self._jobs)
+
+    def add(self, kind: Callable[..., Any], key: str, **options: Any) -> Any:
+        """A component with words and a tooltip from the table.
+
+        Args:
+            kind: Such as ``gr.Slider``.
+            key: In the table; the component's id in the page is ``prefuse-`` and the key with dashes.
+            options: As of `kind`.
+        """
+        identity = f"prefuse-{key.replace('.', '-').replace('_', '-')}"
+        words = "value" if kind in TEXT_KINDS else "label"
+        component = kind(**{words: self.texts(key)}, elem_id=identity, **options)
+        component.do_not_save_to_config = True  # the WebUI would write every value into its ui-config.json
+        if hint := self.texts.hint(key):
+            self._hints[identity] = hint
+        return component
+
+    def choice(self, key: str, source: Callable[[], Sequence[str]], **options: Any) -> Any:
+        """A list to choose from, which is filled when its sub-tab is opened: folders can hold thousands of files.
+
+        Args:
+            key: As of `add`.
+            source: What can be chosen.
+            options: As of ``gr.Dropdown``.
+        """
+        value = options.get("value")
+        component = self.add(gr.Dropdown, key, choices=[value] if value else [], **options)
+        self._sources.append((component, source))
+        return component
+
+    def loras(self, key: str, **options: Any) -> Any:
+        """A list of LoRAs to choose from."""
+        return self.choice(key, self.lora_names, **options)
+
+    def lora_names(self) -> list[str]:
+        """How tags name the LoRAs that can be named."""
+        return sorted((entry.tag_name for entry in self.host.catalog.entries() if entry.tag_name), key=str.lower)
+
+    @property
+    def choices(self) -> list[Any]:
+        """The lists of the sub-tab that is being made."""
+        return [component for component, _ in self._sources]
+
+    def refreshed(self) -> Callable[[], list[Any] | Any]:
+        """Gives what can be chosen now in each of `choices`, as updates."""
+        sources = [source for _, source in self._sources]
+
+        def updates() -> list[Any] | Any:
+            found = [gr.update(choices=[*source()]) for source in sources]
+            return found if len(found) != 1 else found[0]  # gradio takes a list for the value of a single output
+
+        return updates
+
+    @contextmanager
+    def sub_tab(self, key: str) -> Generator[Any]:
+        """A sub-tab; its lists are filled whenever it is opened."""
+        self._sources = []
+        with gr.Tab(self.texts(key), elem_id=f"prefuse-tab-{key.partition('.')[2]}") as tab:
+            yield tab
+            if self._sources:
+                listen(tab.select, self.refreshed(), (), self.choices)
+                self._first = self._first or (self.refreshed(), self.choices)
+
+    def fill(self, blocks: gr.Blocks) -> None:
+        """Fill the lists of the sub-tab that is open at first."""
+        if self._first is not None:
+            listen(blocks.load, self._first[0], (), self._first[1])
+
+    def data(self) -> str:
+        """Tooltips, for the page's script."""
+        return f'<div id="prefuse-hints" hidden data-hints="{escape(json.dumps(self._hints), quote=True)}"></div>'
+
+
+def build(host: Host, language: str) -> gr.Blocks:
+    """The whole page.
+
+    Args:
+        host: The program around it.
+        language: Of its words.
+    """
+    from lib_lora.ui import generate
+
+    page = Page(host, Texts(language))
+    with new_blocks(style()) as blocks, gr.Column(elem_id="prefuse"):
+        with gr.Tabs(elem_id="prefuse-tabs"):
+            if host.can_draw:
+                generate.build(page)
+        gr.HTML(page.data())
+        page.fill(blocks)
+    return blocks
+
+
+def open_page(blocks: gr.Blocks, host: Host, address: str, port: int) -> str:
+    """Serve a page by itself.
+
+    Args:
+        blocks: As of `build`.
+        host: Whose pictures it shows.
+        address: To listen at.
+        port: 0 for any that is free.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        OSError: If the port is taken.
+    """
+    with blocks:
+        listen(blocks.load, None, js=script())
+    return launch(blocks, style(), address=address, port=port, folders=[str(host.picture_folder)])
+
+
+def script() -> str:
+    """The page's script as a function of the browser; the WebUI loads the file itself."""
+    return f"() => {{ {SCRIPT.read_text(encoding='utf-8')} }}"
+
+
+def style() -> str:
+    """The page's style; the WebUI loads the file itself."""
+    return STYLE.read_text(encoding="utf-8")

@@ -1,0 +1,101 @@
+"""Where gradio 3.41.2 (the WebUI's) and newest gradio want to be told the same in different ways."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from gradio.themes import Default
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+MODERN = int(gr.__version__.split(".")[0]) > 3
+CONCURRENT = 16
+"""Events that gradio 3 answers at a time; a job takes one as long as it runs."""
+FONTS = ("system-ui", "sans-serif")
+MONO_CONCURRENT = 16
+"""Events that gradio 3 answers at a time; a job takes one as long as it runs."""
+FONTS = ("ui-monospace", "monospace")
+
+
+def listen(
+    event: Callable[..., Any],
+    action: Callable[..., Any] | None,
+    inputs: Sequence[Any] = (),
+    outputs: Sequence[Any] = (),
+    *,
+    js: str | None = None,
+    quick: bool = False,
+) -> Any:
+    """Call `action` at an event of a component.
+
+    Args:
+        event: Such as ``button.click``.
+        action: Gets the values of `inputs`, returns or yields those of `outputs`; None if `js` does it all.
+        inputs: Components.
+        outputs: Components.
+        js: A function of the browser that is called before.
+        quick: For what answers at once and may be asked again before it did: the last question counts.
+
+    Returns:
+        What the event gives, on which ``then`` can be called.
+    """
+    options: dict[str, Any] = {"js" if MODERN else "_js": js, "show_progress": "hidden", "api_name": False}
+    if quick or action is None:
+        options["queue"] = False
+    if MODERN:
+        options |= {"concurrency_limit": None, "trigger_mode": "always_last" if quick else "multiple"}
+    return event(None if action is None else _unannotated(action), list(inputs), list(outputs), **options)
+
+
+def _unannotated(action: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without annotations: gradio 3 evaluates them, and some names are imported for types alone."""
+    if inspect.isgeneratorfunction(action):
+
+        def generator(*values: Any) -> Any:
+            yield from action(*values)
+
+        generator.__annotations__ = {}
+        return generator
+
+    def function(*values: Any) -> Any:
+        return action(*values)
+
+    function.__annotations__ = {}
+    return function
+
+
+def new_blocks(css: str) -> gr.Blocks:
+    """An empty page that asks no other computer for anything."""
+    # Gradio's own fonts would come from the network.
+    look = {"css": css, "theme": Default(font=FONTS, font_mono=MONO_FONTS)}
+    return gr.Blocks(title="Prefuse", analytics_enabled=False, **({} if MODERN else look))
+
+
+def launch(blocks: gr.Blocks, css: str, *, address: str, port: int, folders: Sequence[str]) -> str:
+    """Serve the page.
+
+    Args:
+        blocks: The page.
+        css: Its style.
+        address: To listen at.
+        port: 0 for any that is free.
+        folders: Whose files the page may show.
+
+    Returns:
+        Its address.
+
+    Raises:
+        OSError: If the port is taken.
+    """
+    options: dict[str, Any] = {"server_name": address, "quiet": True, "prevent_thread_lock": True, "share": False}
+    options |= {"server_port": port or None, "allowed_paths": [*folders], "inbrowser": False}
+    if MODERN:
+        look = {"css": css, "theme": Default(font=FONTS, font_mono=MONO_FONTS)}
+        options |= {**look, "ssr_mode": False, "footer_links": []}
+    else:
+        options |= {"show_api": False}
+        blocks.queue(api_open=False, concurrency_count=CONCURRENT)
+    return blocks.launch(**options)[1]
