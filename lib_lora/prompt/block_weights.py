@@ -48,7 +48,8 @@ SHIPPED_ELEMENTS = {
     "PROJDEEPOFF": "IN05-OUT05:proj:0",
     "XYZ": "::1",
 }
-_CURVE = re.compile(r"(sine|cosine|linear|reverse_linear|zeros)(?:\+(.*))?", re.DOTALL)
+CURVES = ("sine", "cosine", "linear", "reverse_linear", "zeros")
+_CURVE = re.compile(rf"({'|'.join(CURVES)})(?:\+(.*))?", re.DOTALL)
 _INHERITED = re.compile(r"X(?:([+-])(.*))?", re.DOTALL)
 _DRAWN = re.compile("[RUX]")
 

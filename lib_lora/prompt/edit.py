@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING
+
 from lib_lora.prompt.block_weights import ARGUMENTS as BLOCK_ARGUMENTS
 from lib_lora.prompt.tags import TAG_NAMES, TAG_PATTERN
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
-def change_tag(
-    text: str, number: int, *, name: str | None = None, te: str | None = None, unet: str | None = None
-) -> str | None:
+_ENDS = re.compile("[:=>]")
+
+
+def change_tag(text: str, number: int, **changes: str) -> str | None:
     """The prompt with other values in its n-th LoRA tag, or None if it has fewer; other arguments stay as they are.
 
     Args:
         text: A prompt.
         number: Which tag, from 1.
-        name: Another LoRA, or None for the same.
-        te: Another strength of the text encoders; the UNet's stays what it was.
-        unet: Another strength of the UNet; the text encoders' stays what it was.
+        changes: ``name``, another LoRA; ``te`` and ``unet``, another strength, and the other of the two stays what it
+            was; or any argument and its value, such as `fits` says yes to.
     """
     end = text.rfind(">") + 1
     tags = [match for match in TAG_PATTERN.finditer(text, 0, end) if match.group(1) in TAG_NAMES]
@@ -24,11 +29,18 @@ def change_tag(
         return None
     match = tags[number - 1]
     arguments = match.group(2).split(":")
-    if name is not None:
-        arguments = _renamed(arguments, name)
+    if "name" in changes:
+        arguments = _renamed(arguments, changes.pop("name"))
+    te, unet = changes.pop("te", None), changes.pop("unet", None)
     if te is not None or unet is not None:
         arguments = _with_strengths(arguments, te, unet)
+    arguments = _with_named(arguments, changes)
     return f"{text[: match.start()]}<{match.group(1)}:{':'.join(arguments)}>{text[match.end() :]}"
+
+
+def fits(value: str) -> bool:
+    """Whether a tag can hold an argument's value as it is."""
+    return _ENDS.search(value) is None
 
 
 def with_block_weights(tag: str, weights: str) -> str:
@@ -52,6 +64,24 @@ def _with_strengths(arguments: list[str], te: str | None, unet: str | None) -> l
     old_unet = named.pop("unet", positional[2] if len(positional) > 2 else old_te)
     rest = [f"{key}={value}" for key, value in named.items()]
     return [*positional[:1], te or old_te, unet or old_unet, *positional[3:], *rest]
+
+
+def _with_named(arguments: list[str], named: Mapping[str, str]) -> list[str]:
+    """Named arguments behind the others; another spelling of the same, which might count before them, goes."""
+    if "lbw" in named:
+        arguments = [one for one in arguments if not one.startswith("w=") or not _is_named(one)]
+    if not named.keys().isdisjoint({"start", "stop"}):
+        arguments = [part for one in arguments for part in _start_and_stop(one)]
+    kept = [one for one in arguments if not (_is_named(one) and one.partition("=")[0] in named)]
+    return [*kept, *(f"{key}={value}" for key, value in named.items())]
+
+
+def _start_and_stop(argument: str) -> list[str]:
+    """``step=2-10`` as two arguments; another one alone."""
+    start, dash, stop = argument.removeprefix("step=").partition("-")
+    if not (argument.startswith("step=") and dash and _is_named(argument)):
+        return [argument]
+    return [f"start={start}", f"stop={stop}"]
 
 
 def _is_named(argument: str) -> bool:

@@ -1,4 +1,4 @@
-"""The API, the X/Y/Z plot's axes, settings, what is installed, and the page's script by what it must not do."""
+"""The API, settings, what is installed, and the page's script by what it must not do."""
 
 from __future__ import annotations
 
@@ -120,36 +120,6 @@ def test_the_arithmetic_is_in_the_infotext_where_it_is_not_the_usual(webui):
     assert "Prefuse compat: a1111" in webui.generate("a <lora:ink:1>", override_settings=compat).infotexts[0]
     assert "Prefuse compat" not in webui.generate("a", override_settings=compat).infotexts[0]
     assert "Prefuse compat" not in webui.generate("a <lora:ink:1>").infotexts[0]
-
-
-def axis(webui, label):
-    return next(one for one in webui.modules.scripts.scripts_data[0].module.axis_options if one.label == label)
-
-
-AXES = [
-    ("LoRA 1: name", "wash", "a <lora:wash:0.5> <lora:echo>"),
-    ("LoRA 2: name", "ink", "a <lora:ink:0.5> <lora:ink>"),
-    ("LoRA 1: te strength", 0.30000000004, "a <lora:ink:0.3:0.5> <lora:echo>"),
-    ("LoRA 1: unet strength", -1.0, "a <lora:ink:0.5:-1> <lora:echo>"),
-    ("LoRA 2: unet strength", 2.0, "a <lora:ink:0.5> <lora:echo:1:2>"),
-]
-
-
-@pytest.mark.parametrize(("label", "value", "changed"), AXES)
-def test_axes_change_one_thing_of_one_tag(webui, label, value, changed):
-    p = webui.modules.processing.StableDiffusionProcessingTxt2Img(prompt="a <lora:ink:0.5> <lora:echo>")
-    axis(webui, label).apply(p, value, [value])
-    assert p.prompt == changed
-
-
-def test_an_axis_of_a_tag_that_is_not_there_says_so(webui):
-    p = webui.modules.processing.StableDiffusionProcessingTxt2Img(prompt="a cat")
-    with pytest.raises(RuntimeError, match="the prompt has no 1 LoRA tags"):
-        axis(webui, "LoRA 1: name").apply(p, "ink", ["ink"])
-
-
-def test_names_to_choose_from_are_those_that_tags_can_hold(webui):
-    assert axis(webui, "LoRA 1: name").choices() == ["alias", "broken", "ink", "my lora (v1).2", "wash"]
 
 
 def test_settings_have_their_names_and_defaults(webui):
