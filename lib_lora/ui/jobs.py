@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from lib_lora.errors import PrefuseError
@@ -94,15 +94,15 @@ class Jobs:
             self._changed.notify_all()
 
 
-@dataclass(eq=False)
 class Job(Generic[T]):
     """One job of a queue."""
 
-    action: Callable[[Progress], T]
-    jobs: Jobs
-    _state: JobState[T] = field(default_factory=lambda: JobState())
-    _started: float = 0.0
-    _cancel: threading.Event = field(default_factory=threading.Event)
+    def __init__(self, action: Callable[[Progress], T], jobs: Jobs) -> None:
+        self._action = action
+        self._jobs = jobs
+        self._state: JobState[T] = JobState()
+        self._started = 0.0
+        self._cancel = threading.Event()
 
     @property
     def is_cancelled(self) -> bool:
@@ -112,13 +112,13 @@ class Job(Generic[T]):
     def cancel(self) -> None:
         """End it as soon as it says how far it is; what it has written is removed."""
         self._cancel.set()
-        self.jobs.wake()
+        self._jobs.wake()
 
     def state(self) -> JobState[T]:
         """How far it is now."""
         state = self._state
         if state.phase == "waiting":
-            return replace(state, ahead=self.jobs.ahead_of(self))
+            return replace(state, ahead=self._jobs.ahead_of(self))
         return replace(state, seconds=time.monotonic() - self._started) if state.phase == "running" else state
 
     def states(self) -> Iterator[JobState[T]]:
@@ -145,7 +145,7 @@ class Job(Generic[T]):
 
     def _act(self) -> T:
         self._told(0, 0)
-        return self.action(self._told)
+        return self._action(self._told)
 
     def _told(self, done: int, total: int) -> None:
         if self.is_cancelled:

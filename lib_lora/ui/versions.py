@@ -12,12 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 MODERN = int(gr.__version__.split(".")[0]) > 3
+FONTS = ("system-ui", "sans-serif")
+MONO_FONTS = ("ui-monospace", "monospace")
 CONCURRENT = 16
 """Events that gradio 3 answers at a time; a job takes one as long as it runs."""
-FONTS = ("system-ui", "sans-serif")
-MONO_CONCURRENT = 16
-"""Events that gradio 3 answers at a time; a job takes one as long as it runs."""
-FONTS = ("ui-monospace", "monospace")
 
 
 def listen(
