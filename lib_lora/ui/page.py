@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from lib_lora.ui.jobs import Jobs, Slot
-from lib_lora.ui.texts import Texts
+from lib_lora.ui.texts import Texts, language_of
 from lib_lora.ui.versions import launch, listen, new_blocks
 
 if TYPE_CHECKING:
@@ -123,11 +123,11 @@ def build(host: Host, language: str) -> gr.Blocks:
 
     Args:
         host: The program around it.
-        language: Of its words.
+        language: Of its words, or a locale; English if there is no table of it.
     """
     from lib_lora.ui import generate
 
-    page = Page(host, Texts(language))
+    page = Page(host, Texts(language_of(language)))
     with new_blocks(style()) as blocks, gr.Column(elem_id="prefuse"):
         with gr.Tabs(elem_id="prefuse-tabs"):
             if host.can_draw:

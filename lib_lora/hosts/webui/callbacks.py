@@ -7,12 +7,13 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from lib_lora.hosts.guard import attempt
-from lib_lora.hosts.webui.settings import add_settings, read_settings
+from lib_lora.hosts.webui.settings import add_settings, page_language, read_settings
 from lib_lora.hosts.webui.xyz import Known, add_axes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from lib_lora.hosts.host import Host
     from lib_lora.hosts.webui.active import ActiveLoras
     from lib_lora.hosts.webui.takeover import TakeOver
     from lib_lora.prompt.block_weights import Presets
@@ -31,6 +32,15 @@ class Extension:
     def before_ui(self) -> None:
         """The page is being made."""
         _guarded("adding axes to the X/Y/Z plot", lambda: add_axes(Known(self._names, self._presets, self._blocks)))
+
+    def tabs(self, build: Callable[[Host, str], Any]) -> list[tuple[Any, str, str]]:
+        """Our page among the WebUI's; none if it can not be made.
+
+        Args:
+            build: Makes it, of its host and its language.
+        """
+        blocks, _ = attempt("making the page", lambda: build(self._host(), page_language()))
+        return [] if blocks is None else [(blocks, "Prefuse", "prefuse")]
 
     def app_started(self, _demo: Any, app: Any) -> None:
         """The server is up, and the built-in extension has registered its network: the moment to take over."""
@@ -63,6 +73,11 @@ class Extension:
             self._takeover.register(PrefuseNetwork(self._loras, self._takeover))
             add_routes(app, Api(self._loras, self._takeover))
             spell_writable_names(self._tag_name)
+
+    def _host(self) -> Host:
+        from lib_lora.hosts.webui.tab import WebuiHost
+
+        return WebuiHost(self._loras)
 
     def _loras(self) -> ActiveLoras:
         """What does the work; made when it is first needed, for it brings forty modules of ours."""

@@ -17,6 +17,7 @@ SECTION = ("prefuse", "Prefuse")
 MODES = ("auto", "prefuse", "hook")
 COMPATS = ("exact", "a1111")
 STORES = ("auto", "device", "pinned", "file")
+LANGUAGES = ("auto", "en", "zh")
 CACHE_MB = 1024
 COMPAT_FIELD = "Prefuse compat"
 """Name in the infotext, by which pasting finds the setting."""
@@ -51,6 +52,12 @@ def read_settings() -> Settings:
         store=cast("StoreKind", {"file": "checkpoint"}.get(store, store)),
         cache_bytes=_bytes(option("prefuse_cache_mb", CACHE_MB)),
     )
+
+
+def page_language() -> str:
+    """Language of our page: as the user chose, or the WebUI's localization, such as ``zh-Hans (Stable)``."""
+    choice = _choice("prefuse_language", LANGUAGES)
+    return str(option("localization", "")) if choice == LANGUAGES[0] else choice
 
 
 def option(name: str, default: Any) -> Any:
@@ -113,5 +120,12 @@ def add_settings() -> None:
         "Where the untouched weights are kept while LoRAs are in the model",
         "device: beside the model; pinned: in RAM; file: nowhere, they are read from the checkpoint",
         *radio(STORES),
+    )
+    add(
+        "prefuse_language",
+        "auto",
+        "Language of the Prefuse tab",
+        "auto: that of the localization; takes effect when the page is reloaded",
+        *radio(LANGUAGES),
     )
     add("prefuse_cache_mb", CACHE_MB, "Memory for LoRAs that were used before, in MB", "", gr.Number, {"precision": 0})

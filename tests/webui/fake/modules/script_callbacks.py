@@ -6,6 +6,7 @@ callback_map = {
     kind: []
     for kind in (
         "app_started",
+        "ui_tabs",
         "model_loaded",
         "ui_settings",
         "before_ui",
@@ -29,6 +30,10 @@ def run(kind, *args):
             callback(*args)
         except Exception as e:
             errors.display(e, kind)
+
+
+def on_ui_tabs(callback, *, name=None):
+    callback_map["ui_tabs"].append(callback)
 
 
 def on_app_started(callback, *, name=None):
