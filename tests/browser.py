@@ -46,6 +46,8 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 """Makes two descriptors the ones that the browser takes for the protocol's pipes."""
 SECONDS = 30
+KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+"""Key → its number for a browser."""
 
 
 def find_browser() -> str | None:
@@ -59,10 +61,12 @@ class Browser:
 
     Attributes:
         errors: What the page's scripts threw.
+        requests: Addresses that the page asked for since `open`.
     """
 
     def __init__(self, executable: str, profile: Path, width: int = 1280, height: int = 1400) -> None:
         self.errors: list[str] = []
+        self.requests: list[str] = []
         self._session = ""
         self._number = 0
         self._rest = b""
@@ -86,6 +90,7 @@ class Browser:
         self._session = self._ask("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
         self._ask("Page.enable")
         self._ask("Runtime.enable")
+        self._ask("Network.enable")
 
     def close(self) -> None:
         """End the browser and what it started."""
@@ -103,7 +108,12 @@ class Browser:
     def open(self, address: str) -> None:
         """Go there; what the page still does is not waited for."""
         self.errors.clear()
+        self.requests.clear()
         self._ask("Page.navigate", url=address)
+
+    def resize(self, width: int, height: int) -> None:
+        """Give the page another window."""
+        self._ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression in the page."""
@@ -147,8 +157,9 @@ class Browser:
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             self._mouse(kind, box)
 
-    def _mouse(self, kind: str, box: dict[str, float]) -> None:
-        button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
+    def _mouse(self, kind: str, box: dict[str, float], *, held: bool = False) -> None:
+        button = {"buttons": int(held)} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
+        button |= {"button": "left"} if held else {}
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         self._ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
@@ -161,6 +172,35 @@ class Browser:
         else:
             for kind in ("keyDown", "keyUp"):
                 self._ask("Input.dispatchKeyEvent", type=kind, key="Delete", windowsVirtualKeyCode=46)
+
+    def write(self, text: str) -> None:
+        """Type where the cursor is."""
+        self._ask("Input.insertText", text=text)
+
+    def press(self, key: str, modifiers: int = 0) -> None:
+        """Press and release a key that writes nothing, such as ``ArrowDown``; `modifiers` 2 is Ctrl."""
+        named = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key], "modifiers": modifiers}
+        for kind in ("rawKeyDown", "keyUp"):
+            self._ask("Input.dispatchKeyEvent", type=kind, **named)
+
+    def drag(self, selector: str, start: tuple[float, float], end: tuple[float, float], moves: int = 4) -> None:
+        """Press the left button on an element, move and release it; places are fractions of its width and height."""
+        box = self.box(selector)
+
+        def at(part: float) -> dict[str, float]:
+            across, down = (one + part * (other - one) for one, other in zip(start, end, strict=True))
+            return {
+                "x": box["x"] + across * box["width"],
+                "y": box["y"] + down * box["height"],
+                "width": 0,
+                "height": 0,
+            }
+
+        self._mouse("mouseMoved", at(0))
+        self._mouse("mousePressed", at(0))
+        for move in range(1, moves + 1):
+            self._mouse("mouseMoved", at(move / moves), held=True)
+        self._mouse("mouseReleased", at(1))
 
     def picture(self, box: dict[str, float] | None = None) -> bytes:
         """The window, or a part of it, as PNG."""
@@ -178,6 +218,8 @@ class Browser:
             answer = self._message(end)
             if answer.get("method") == "Runtime.exceptionThrown":
                 self.errors.append(_said(answer["params"]["exceptionDetails"]))
+            if answer.get("method") == "Network.requestWillBeSent":
+                self.requests.append(answer["params"]["request"]["url"])
             if answer.get("id") == self._number:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']['message']}")
