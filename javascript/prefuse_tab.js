@@ -26,8 +26,28 @@
         (button.tagName === "BUTTON" ? button : button.querySelector("button") || button).click();
     }
 
+    function copy(text) {
+        if (navigator.clipboard && window.isSecureContext) return navigator.clipboard.writeText(text);
+        const box = document.createElement("textarea"); // over plain http browsers have no clipboard for scripts
+        box.value = text;
+        document.body.append(box);
+        box.select();
+        document.execCommand("copy");
+        box.remove();
+    }
+
+    function onClick(event) {
+        const button = event.target.closest && event.target.closest(".prefuse-copy");
+        if (!button) return;
+        event.preventDefault();
+        copy(button.dataset.text);
+        button.classList.add("prefuse-copied");
+        setTimeout(() => button.classList.remove("prefuse-copied"), 1500);
+    }
+
     if (window.prefuseTab) return; // the page was loaded anew
     window.prefuseTab = true;
     document.addEventListener("keydown", onKey, true);
+    document.addEventListener("click", onClick);
     setInterval(showHints, 500);
 })();

@@ -37,6 +37,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return f'<div class="prefuse-table"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def copyable(texts: Texts, text: str) -> str:
+    """A text and a button that copies it."""
+    title, words = escape(texts("page.copy.hint")), escape(texts("page.copy"))
+    button = f'<button type="button" class="prefuse-copy" title="{title}" data-text="{escape(text)}">{words}</button>'
+    return f'<div class="prefuse-copyable"><code>{escape(text)}</code>{button}</div>'
+
+
 def report_lines(report: SessionReport) -> str:
     """What the LoRAs of a picture did, line by line."""
     kinds = {"+": "applied", "-": "refused", "!": "note"}

@@ -46,19 +46,20 @@ class Page:
         """Where a form runs its jobs; they wait for those of other forms."""
         return Slot(self._jobs)
 
-    def add(self, kind: Callable[..., Any], key: str, **options: Any) -> Any:
+    def add(self, kind: Callable[..., Any], key: str, *, said_as: str = "", **options: Any) -> Any:
         """A component with words and a tooltip from the table.
 
         Args:
             kind: Such as ``gr.Slider``.
             key: In the table; the component's id in the page is ``prefuse-`` and the key with dashes.
+            said_as: The key in the table if that is another, for controls of several forms that are called the same.
             options: As of `kind`.
         """
         identity = f"prefuse-{key.replace('.', '-').replace('_', '-')}"
         words = "value" if kind in TEXT_KINDS else "label"
-        component = kind(**{words: self.texts(key)}, elem_id=identity, **options)
+        component = kind(**{words: self.texts(said_as or key)}, elem_id=identity, **options)
         component.do_not_save_to_config = True  # the WebUI would write every value into its ui-config.json
-        if hint := self.texts.hint(key):
+        if hint := self.texts.hint(said_as or key):
             self._hints[identity] = hint
         return component
 
