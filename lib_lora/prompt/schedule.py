@@ -120,7 +120,7 @@ def read_schedule(named: Mapping[str, str], te: float | Curve, unet: float | Cur
     """The schedule of a tag, or None if nothing changes in time.
 
     Args:
-        named: Argument → value; others than `ARGUMENTS` are left alone. ``step=`` counts before the other two.
+        named: Argument → value; others than `ARGUMENTS` are left alone. ``step=a-b`` counts before the other two.
         te: Strength of the text encoders.
         unet: Strength of the UNet.
 
@@ -131,9 +131,7 @@ def read_schedule(named: Mapping[str, str], te: float | Curve, unet: float | Cur
         return None
     start, stop = named.get("start"), named.get("stop")
     if "step" in named:
-        start, dash, stop = named["step"].partition("-")
-        if not dash:
-            raise TagError(f"step is {shorten(start)!r}; write the steps at which it goes on and off, such as 2-10")
+        start, _, stop = named["step"].partition("-")
     return Schedule(
         te=te if isinstance(te, Curve) else None,
         unet=unet if isinstance(unet, Curve) else None,

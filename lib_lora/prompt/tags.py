@@ -157,9 +157,10 @@ def parse_arguments(
         texts = [str(value) for value in positional]
         pairs = {key: str(value) for key, value in named.items()}
         raw = f"<lora:{':'.join([*texts, *(f'{key}={value}' for key, value in pairs.items())])}>"
-        ignored = [f"{key}={value}" for key, value in pairs.items() if key not in _READ_NAMES]
+        ignored = [f"{key}={value}" for key, value in pairs.items() if not _has_meaning(key, value)]
+        read = {key: value for key, value in pairs.items() if _has_meaning(key, value)}
         try:
-            requests.append(_request(raw, texts, pairs, (*ignored, *texts[_POSITIONS:]), seed, hires))
+            requests.append(_request(raw, texts, read, (*ignored, *texts[_POSITIONS:]), seed, hires))
         except TagError as fault:
             problems.append(_problem(raw, fault))
     return ParsedPrompt("", tuple(requests), tuple(problems))
@@ -194,11 +195,16 @@ def _read_arguments(raw: str, arguments: str, seed: int, hires: bool) -> LoraReq
         key, *values = argument.split("=")
         if len(values) != 1:
             positional.append(argument)
-        elif key in _READ_NAMES:
+        elif _has_meaning(key, values[0]):
             named[key] = values[0]
         else:
             ignored.append(argument)
     return _request(raw, positional, named, (*ignored, *positional[_POSITIONS:]), seed, hires)
+
+
+def _has_meaning(key: str, value: str) -> bool:
+    """Whether a named argument is read. A step alone says nothing, as in LoRA Block Weight."""
+    return key in _READ_NAMES and (key != "step" or "-" in value)
 
 
 def _request(

@@ -2,13 +2,14 @@
 
 import math
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib_lora.prompt.tags import parse_prompt
 from lib_lora.prompt.values import MAX_STRENGTH
 
-EXAMPLES = 10_000
+EXAMPLES, MANY = 2500, 10_000
 
 PIECES = ["<lora:", "<lyco:", "<hypernet:", "<LORA:", "<", ">", ">", ":", ":", "=", "a", " b ", "é\n", "\0", "\ud800"]
 PIECES += ["te=", "unet=", "dyn=", "lbw=MIDD", "0.5", "-3", "16", "１.５", "1_0", "nan", "-1e999", "1e30", "9" * 5000]
@@ -23,6 +24,17 @@ STRENGTHS = st.floats(-MAX_STRENGTH, MAX_STRENGTH)
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(PROMPTS)
 def test_no_text_raises_and_every_request_is_within_the_limits(prompt: str) -> None:
+    check_limits(prompt)
+
+
+@pytest.mark.slow
+@settings(max_examples=MANY, deadline=None)
+@given(PROMPTS)
+def test_none_of_many_texts_raises_and_every_request_is_within_the_limits(prompt: str) -> None:
+    check_limits(prompt)
+
+
+def check_limits(prompt: str) -> None:
     parsed = parse_prompt(prompt)
     for request in parsed.requests:
         assert request.name

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_lora.prompt.tags import LoraRequest, parse_prompt
+from lib_lora.prompt.tags import LoraRequest, parse_arguments, parse_prompt
 
 FLOAT_ERROR = 1e-12
 
@@ -133,7 +133,6 @@ def test_the_hires_pass_has_the_firsts_strengths_unless_the_tag_says_others(argu
         ("1:start=1.5", "start is 1.5; write a whole step"),
         ("1:stop=nan", "stop is nan"),
         ("1:stop=1.0001", "stop is 1.0001; write a whole step"),
-        ("1:step=5", "step is '5'; write the steps"),
         ("1:step=5-", "stop is ''"),
         ("1:step=1-2-3", "stop is '2-3'"),
         ("1:step=a-b", "start is 'a'"),
@@ -162,6 +161,13 @@ def test_a_schedule_is_told_as_arguments_that_ask_for_the_same(arguments, text):
 
 def test_a_tag_without_times_has_no_schedule():
     assert request("0.5:0.7:lbw=MIDD").schedule is None
+
+
+def test_a_step_alone_is_ignored_and_told():
+    assert (request("0.5:step=5").schedule, request("0.5:step=5").ignored) == (None, ("step=5",))
+    assert str(request("0.5:start=2:step=5").schedule) == "start=2"
+    (found,) = parse_arguments([(["a", 0.5], {"step": 5, "stop": 3})]).requests
+    assert (str(found.schedule), found.ignored) == ("stop=3", ("step=5",))
 
 
 POINTS = st.lists(st.tuples(st.floats(-100, 100), st.floats(0, 1) | st.integers(0, 50)), min_size=1, max_size=6)
