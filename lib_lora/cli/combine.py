@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib_lora.cli.output import bar, tell
+from lib_lora.cli.output import bar, result_options, tell
 from lib_lora.cli.precision import dtype_of, save_precision
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--conv-rank", type=int, help="for svd: of 3x3 convolutions (default: as --rank)")
     save_precision(parser)
     add("--out", type=Path, required=True, metavar="FILE", help=".safetensors file")
-    add("--force", action="store_true", help="replace an existing file")
-    add("--json", action="store_true")
+    result_options(parser)
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -39,7 +38,7 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
         raise JobError("--method svd needs a --rank")
     rule = None if rank is None else RankRule(rank, conv_rank)
     loras, dtype = given_files(arguments.lora), dtype_of(arguments.save_precision)
-    with bar("combine", unit=" layers") as progress:
+    with bar("combine") as progress:
         outcome = combine(
             loras,
             arguments.out,
@@ -47,6 +46,7 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
             rule=rule,
             dtype=dtype,
             overwrite=arguments.force,
+            preview=arguments.dry_run,
             progress=progress,
         )
     tell(outcome.to_dict(), str(outcome), as_json=arguments.json)

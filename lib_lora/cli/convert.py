@@ -6,14 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib_lora.cli.output import bar, tell
+from lib_lora.cli.output import bar, result_options, tell
 from lib_lora.errors import JobError
 
 if TYPE_CHECKING:
     import argparse
 
-    from lib_lora.core.saving import Progress
-    from lib_lora.tools.convert_checkpoint import ModelConversion
+    from lib_lora.tools.outcome import Outcome
 
 FAMILIES = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 LORA_LAYOUTS, MODEL_LAYOUTS = ("kohya", "peft"), ("single", "diffusers")
@@ -32,8 +31,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", type=Path, help="folder or file with CLIP's vocabulary, for a folder to be")
     add("--prediction", choices=("epsilon", "v"), help="what a model file's UNet predicts (default: found out)")
     add("--out", type=Path, required=True, help="file, or folder, to be")
-    add("--force", action="store_true", help="replace an existing file")
-    add("--json", action="store_true")
+    result_options(parser)
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -41,39 +39,28 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
     if arguments.to not in (LORA_LAYOUTS if arguments.lora else MODEL_LAYOUTS):
         kind, layouts = ("LoRA", LORA_LAYOUTS) if arguments.lora else ("model", MODEL_LAYOUTS)
         raise JobError(f"a {kind} can be converted to {' or '.join(layouts)}, not to {arguments.to}")
+    options = {"preview": arguments.dry_run}
     with bar("writing") as progress:
-        made, text = (_lora if arguments.lora else _model)(arguments, progress)
-    tell(made, text, as_json=arguments.json)
+        made = (_lora if arguments.lora else _model)(arguments, options | {"progress": progress})
+    tell(made.to_dict(), str(made), as_json=arguments.json)
 
 
-def _lora(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
+def _lora(arguments: argparse.Namespace, options: dict[str, Any]) -> Outcome:
     from lib_lora.core.models import BaseModel
     from lib_lora.tools.convert import convert_lora
 
     family = BaseModel[FAMILIES[arguments.family]] if arguments.family else None
-    options = {"family": family, "overwrite": arguments.force, "progress": progress}
-    made = convert_lora(arguments.lora, arguments.to, arguments.out, **options)
-    return made.to_dict(), f"{made.path}: {made.layers} layers for {made.base_model} in {made.layout}'s layout"
+    own = {"family": family, "overwrite": arguments.force}
+    return convert_lora(arguments.lora, arguments.to, arguments.out, **own, **options)
 
 
-def _model(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
-    from lib_lora.tools.convert_checkpoint import to_single
+def _model(arguments: argparse.Namespace, options: dict[str, Any]) -> Outcome:
+    from lib_lora.hosts.standalone.vocabulary import tokenizer_files
+    from lib_lora.tools.convert_checkpoint import to_diffusers, to_single
 
     if arguments.to == "single":
-        options = {"variant": arguments.variant, "overwrite": arguments.force, "progress": progress}
-        made = to_single(arguments.model, arguments.out, **options)
-    else:
-        made = _folder(arguments, progress)
-    left_out = ", ".join(f"{name} ({count})" for name, count in made.left_out.items())
-    notes = [*made.notes, *([f"left out: {left_out}"] if left_out else [])]
-    return made.to_dict(), "\n".join([*notes, f"{made.path}: {made.tensors} tensors of {made.base_model}"])
-
-
-def _folder(arguments: argparse.Namespace, progress: Progress) -> ModelConversion:
-    from lib_lora.hosts.standalone.vocabulary import tokenizer_files
-    from lib_lora.tools.convert_checkpoint import to_diffusers
-
-    options = {"config": arguments.config, "prediction": arguments.prediction, "progress": progress}
-    return to_diffusers(
-        arguments.model, arguments.out, tokenizer=partial(tokenizer_files, arguments.tokenizer), **options
-    )
+        own = {"variant": arguments.variant, "overwrite": arguments.force}
+        return to_single(arguments.model, arguments.out, **own, **options)
+    own = {"config": arguments.config, "prediction": arguments.prediction}
+    own["tokenizer"] = partial(tokenizer_files, arguments.tokenizer)
+    return to_diffusers(arguments.model, arguments.out, **own, **options)

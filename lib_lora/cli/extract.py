@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib_lora.cli.output import bar, tell
+from lib_lora.cli.output import bar, result_options, tell
 from lib_lora.cli.precision import PRECISIONS, dtype_of
 
 if TYPE_CHECKING:
@@ -29,15 +29,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--save-precision", choices=PRECISIONS, default="float", help="type of the numbers (default float)")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1")
     add("--out", type=Path, required=True, help=".safetensors file to be")
-    add("--force", action="store_true", help="replace an existing file")
-    add("--json", action="store_true")
+    result_options(parser)
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:
     """Make a LoRA of what a tuned checkpoint has learned over its base."""
     from lib_lora.tools.extract import extract
 
-    with bar("extract", unit=" layers") as progress:
+    with bar("extract") as progress:
         outcome = extract(
             arguments.base,
             arguments.tuned,
@@ -49,6 +48,7 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
             dtype=dtype_of(arguments.save_precision),
             device=arguments.device,
             overwrite=arguments.force,
+            preview=arguments.dry_run,
             progress=progress,
         )
     tell(outcome.to_dict(), str(outcome), as_json=arguments.json)

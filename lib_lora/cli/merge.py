@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib_lora.cli.output import bar, tell
+from lib_lora.cli.output import bar, result_options, tell
 from lib_lora.cli.precision import PRECISIONS
 from lib_lora.errors import ModelError
 
@@ -37,9 +37,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--save-precision", choices=PRECISIONS, help="of the weights (default: as in the model)")
     add("--device", default="cpu", help="where to calculate: cpu, cuda, cuda:1, mps")
     add("--hash", action="store_true", help="put the model's SHA-256 into the recipe; it is read once more for that")
-    add("--force", action="store_true", help="replace an existing file")
-    add("--dry-run", action="store_true", help="check files, names, shapes and places, and write nothing")
-    add("--json", action="store_true")
+    result_options(parser)
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib_lora.cli.output import bar, tell
+from lib_lora.cli.output import bar, result_options, tell
 from lib_lora.errors import JobError
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     add("--remove", action="append", default=[], metavar="KEY", help="may be repeated")
     add("--out", type=Path, help="file to be (default: FILE itself, with --force)")
-    add("--force", action="store_true", help="replace an existing file")
-    add("--json", action="store_true")
+    result_options(parser)
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -43,10 +42,9 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
     changes = dict(arguments.set) | _read(arguments.set_file)
     if changes or arguments.remove or arguments.out:
         with bar("writing") as progress:
-            options = {"out": arguments.out, "overwrite": arguments.force, "progress": progress}
-            edit = edit_metadata(arguments.file, changes, arguments.remove, **options)
-        text = f"{edit.path}: {len(edit.set)} set, {len(edit.removed)} removed, {len(edit.metadata)} in all"
-        tell(edit.to_dict(), text, as_json=arguments.json)
+            options = {"out": arguments.out, "overwrite": arguments.force, "preview": arguments.dry_run}
+            edit = edit_metadata(arguments.file, changes, arguments.remove, **options, progress=progress)
+        tell(edit.to_dict(), str(edit), as_json=arguments.json)
         return
     metadata = read_metadata(arguments.file)
     if arguments.get is None:

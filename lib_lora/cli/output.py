@@ -7,9 +7,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator, Mapping
 
     from lib_lora.core.saving import Progress
+
+
+def result_options(parser: argparse.ArgumentParser) -> None:
+    """Those of every command that writes: what is replaced, what is only tried, and how it is told."""
+    add = parser.add_argument
+    add("--force", action="store_true", help="replace existing files")
+    add("--dry-run", action="store_true", help="make all checks, tell what would be written, and write nothing")
+    add("--json", action="store_true")
 
 
 def tell(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
@@ -18,16 +27,17 @@ def tell(data: Mapping[str, Any], text: str, *, as_json: bool) -> None:
 
 
 @contextmanager
-def bar(title: str, unit: str = "B") -> Iterator[Progress]:
+def bar(title: str, unit: str = "") -> Iterator[Progress]:
     """A progress bar on stderr, where that is a terminal.
 
     Args:
         title: What stands before it.
-        unit: Of what is counted; bytes by default.
+        unit: Of what is counted; if it is no unit for people, only the part that is done is shown.
     """
     from tqdm import tqdm
 
-    with tqdm(desc=title, unit=unit, unit_scale=True, disable=None, leave=False) as shown:
+    form = None if unit else "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(desc=title, unit=unit, bar_format=form, disable=None, leave=False) as shown:
 
         def progress(done: int, total: int) -> None:
             shown.total = total

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib_lora.cli.output import bar, tell
+from lib_lora.cli.output import bar, result_options, tell
 from lib_lora.cli.precision import dtype_of, save_precision
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--kohya-ranks", action="store_true", help="the ranks of kohya's resize_lora.py")
     save_precision(parser)
     add("--out", type=Path, required=True, metavar="FILE", help=".safetensors file")
-    add("--force", action="store_true", help="replace an existing file")
-    add("--json", action="store_true")
+    result_options(parser)
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -34,7 +33,7 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
 
     given = arguments
     rule = RankRule(given.rank, given.conv_rank, given.dynamic, given.dynamic_param, given.kohya_ranks)
-    dtype = dtype_of(given.save_precision)
-    with bar("resize", unit=" layers") as progress:
-        outcome = resize(given.lora, given.out, rule, dtype=dtype, overwrite=given.force, progress=progress)
+    options = {"dtype": dtype_of(given.save_precision), "overwrite": given.force, "preview": given.dry_run}
+    with bar("resize") as progress:
+        outcome = resize(given.lora, given.out, rule, **options, progress=progress)
     tell(outcome.to_dict(), str(outcome), as_json=given.json)

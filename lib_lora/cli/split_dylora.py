@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib_lora.cli.output import bar, tell
+from lib_lora.cli.output import bar, result_options, tell
 
 if TYPE_CHECKING:
     import argparse
@@ -17,8 +17,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--lora", type=Path, required=True, metavar="FILE", help="file that kohya's networks.dylora has trained")
     add("--unit", type=int, required=True, help="ranks that were trained together")
     add("--out", type=Path, required=True, metavar="FILE", help="NAME.safetensors makes NAME-0004.safetensors, …")
-    add("--force", action="store_true", help="replace existing files")
-    add("--json", action="store_true")
+    result_options(parser)
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -26,6 +25,7 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
     from lib_lora.tools.dylora import split_dylora
 
     given = arguments
-    with bar("split", unit=" files") as progress:
-        split = split_dylora(given.lora, given.out, given.unit, overwrite=given.force, progress=progress)
+    options = {"overwrite": given.force, "preview": given.dry_run}
+    with bar("split") as progress:
+        split = split_dylora(given.lora, given.out, given.unit, **options, progress=progress)
     tell(split.to_dict(), str(split), as_json=given.json)

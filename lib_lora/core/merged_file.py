@@ -15,7 +15,7 @@ from lib_lora.core.layers import is_fp8
 from lib_lora.core.memory import OUT_OF_MEMORY
 from lib_lora.core.numerics import fuse_layer
 from lib_lora.core.opening import shown
-from lib_lora.core.saving import LazyTensor
+from lib_lora.core.saving import FLOPS_PER_BYTE, LazyTensor
 from lib_lora.core.workspace import Workspace
 from lib_lora.errors import FileChangedError, FuseMemoryError, NonFiniteError
 
@@ -36,6 +36,10 @@ WEIGHTS = (
     "vae.",
 )
 """Beginnings of the names in a single file that a precision of saving is meant for; schedules and the like are not."""
+
+
+_FUSING = 6
+"""Units of work for each number of a changed weight, beside its products: it is converted, added to and rounded."""
 
 
 class MergeTypes(NamedTuple):
@@ -91,10 +95,10 @@ class MergedFile:
         return bool(self._patches) or any(self._dtype(name) != info.dtype for name, info in infos.items())
 
     @property
-    def size(self) -> int:
-        """Bytes of the result's tensors."""
-        infos = self._source.header.tensors
-        return sum(math.prod(info.shape) * self._dtype(name).itemsize for name, info in infos.items())
+    def work(self) -> int:
+        """Bytes of the result's tensors, and what making them costs, as `Progress` is told."""
+        tensors = self.tensors().values()
+        return sum(math.prod(tensor.shape) * tensor.dtype.itemsize + tensor.work for tensor in tensors)
 
     def tensors(self) -> dict[str, LazyTensor]:
         """The result by name; one is in memory at a time.
@@ -105,8 +109,15 @@ class MergedFile:
         infos = self._source.header.tensors
         made = {name: self._fused if name in self._patches else self._unfused for name in infos}
         return {
-            name: LazyTensor(self._dtype(name), info.shape, partial(made[name], name)) for name, info in infos.items()
+            name: LazyTensor(self._dtype(name), info.shape, partial(made[name], name), self._fusing(name))
+            for name, info in infos.items()
         }
+
+    def _fusing(self, name: str) -> int:
+        """What it costs to fuse a tensor."""
+        patches = self._patches.get(name, ())
+        ranks = [(math.prod(patch.layer.shape), sum(term.adapter.rank for term in patch.terms)) for patch in patches]
+        return sum(numbers * (_FUSING + 2 * rank // FLOPS_PER_BYTE) for numbers, rank in ranks)
 
     def _dtype(self, name: str) -> torch.dtype:
         own = self._source.header.tensors[name].dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -35,6 +35,10 @@ _FORBIDDEN = re.compile('[\x00-\x1f\x7f-\x9f<>:"/\\\\|?*\u2028\u2029\u202a-\u202
 _WINDOWS_DEVICE = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³])( *\..*)?", re.IGNORECASE)
 
 
+FLOPS_PER_BYTE = 64
+"""Operations in float32 that take about as long as reading, hashing or writing a byte."""
+
+
 class LazyTensor(NamedTuple):
     """A tensor that is made when it is written, so that one at a time is in memory.
 
@@ -42,11 +46,26 @@ class LazyTensor(NamedTuple):
         dtype: What `make` returns.
         shape: What `make` returns.
         make: Called once.
+        work: What making it costs, in units of what writing a byte does; it counts in what `Progress` is told.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    work: int = 0
+
+
+@dataclass(frozen=True)
+class DiskSpace:
+    """Room for a job's result, in bytes.
+
+    Attributes:
+        needed: At most.
+        free: On the disk where it is to be, when that was looked for.
+    """
+
+    needed: int
+    free: int
 
 
 def no_progress(done: int, total: int) -> None:
@@ -81,7 +100,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         raise OutputError(f"the folder {shown(folder)} can not be written to: {reason_of(error)}") from error
 
 
-def check_output(path: str | os.PathLike[str], size: int = 0, *, overwrite: bool = False) -> None:
+def check_output(path: str | os.PathLike[str], size: int = 0, *, overwrite: bool = False) -> DiskSpace:
     """Whether a file can be written: to be called before hours of work, not after.
 
     Args:
@@ -96,11 +115,24 @@ def check_output(path: str | os.PathLike[str], size: int = 0, *, overwrite: bool
     path = Path(path)
     check_target(path, overwrite)
     check_writable(path.parent)
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
+    space = DiskSpace(size, shutil.disk_usage(path.parent).free)
+    if space.free < size:
         raise OutputError(
-            f"{shown(path)} needs {size / MEGABYTE:,.0f} MB and the disk has {free / MEGABYTE:,.0f} MB; make room"
+            f"{shown(path)} needs {size / MEGABYTE:,.1f} MB and the disk has {space.free / MEGABYTE:,.1f} MB; make room"
         )
+    return space
+
+
+def file_size(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str] | None = None
+) -> int:
+    """Bytes of the file that `save_tensors` would make; tensors may be on the meta device.
+
+    Raises:
+        OutputError: If a tensor's type or a text can not be stored in `path`.
+    """
+    layout = _layout({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, Path(path))
+    return len(_encoded(layout, metadata or {}, Path(path))) + _data_bytes(layout)
 
 
 def save_tensors(
@@ -121,7 +153,7 @@ def save_tensors(
         tensors: By name.
         metadata: Texts for the header.
         overwrite: Whether an older file is replaced.
-        progress: Told the bytes written, after each tensor.
+        progress: Told the bytes written and the work of making them, after each tensor.
 
     Raises:
         OutputError: If `path` exists and `overwrite` is not set, is a link or no file, or can not be written; if a
@@ -207,11 +239,9 @@ def _save(
     overwrite: bool,
     progress: Progress,
 ) -> None:
-    try:
-        header = encode_header(layout, metadata)
-    except ValueError as error:
-        raise OutputError(f"{shown(path)} was not saved, a name has broken Unicode: {error}") from error
-    size = sum(info.end - info.begin for info in layout.values())
+    header, size = _encoded(layout, metadata, path), _data_bytes(layout)
+    works = {name: tensor.work for name, tensor in tensors.items() if isinstance(tensor, LazyTensor)}
+    done, total = 0, size + sum(works.values())
     names = list(layout)
     probes = {names[0], names[len(names) // 2], names[-1]} if names else set[str]()
     with replacing(path, len(header) + size, overwrite) as temp:
@@ -219,9 +249,21 @@ def _save(
         beginnings: dict[str, bytes] = {}
         for name, info in layout.items():
             beginnings[name] = _write(temp, tensors[name], VERIFIED_BYTES if name in probes else 0)
-            progress(info.end, size)
+            done += info.end - info.begin + works.get(name, 0)
+            progress(done, total)
         temp.end()
         _verify(temp.file, layout, beginnings, metadata, path)
+
+
+def _encoded(layout: Mapping[str, TensorInfo], metadata: Mapping[str, str], path: Path) -> bytes:
+    try:
+        return encode_header(layout, metadata)
+    except ValueError as error:
+        raise OutputError(f"{shown(path)} was not saved, a name has broken Unicode: {error}") from error
+
+
+def _data_bytes(layout: Mapping[str, TensorInfo]) -> int:
+    return sum(info.end - info.begin for info in layout.values())
 
 
 def _write(temp: TempFile, tensor: Tensor | LazyTensor, kept: int) -> bytes:
@@ -242,12 +284,16 @@ def layout_of(tensors: Mapping[str, Tensor | LazyTensor], path: Path) -> dict[st
         if isinstance(tensor, torch.Tensor) and (tensor.layout != torch.strided or tensor.is_meta):
             kind = f"{tensor.layout}, {tensor.device}"
             raise OutputError(f"{shown(path)} was not saved, tensor {name!r} can not be stored: {kind}")
-        if tensor.dtype not in DTYPES.values():
-            raise OutputError(f"{shown(path)} was not saved, tensor {name!r} can not be stored: {tensor.dtype}")
         kinds[name] = tensor.dtype, tuple(tensor.shape)
+    return _layout(kinds, path)
+
+
+def _layout(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], path: Path) -> dict[str, TensorInfo]:
     layout: dict[str, TensorInfo] = {}
     end = 0
     for name, (dtype, shape) in sorted(kinds.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        if dtype not in DTYPES.values():
+            raise OutputError(f"{shown(path)} was not saved, tensor {name!r} can not be stored: {dtype}")
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         layout[name] = TensorInfo(dtype, shape, begin, end)
     return layout

@@ -7,7 +7,7 @@ layer, or PEFT's settings in the header. Both ways back give the same file.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -19,9 +19,11 @@ from lib_lora.core.naming import split_key
 from lib_lora.core.network import network_from_file
 from lib_lora.core.opening import shown
 from lib_lora.core.peft_settings import PEFT_SETTINGS, PeftAlphas, Rank, peft_settings
-from lib_lora.core.saving import check_output, no_progress, save_tensors
+from lib_lora.core.saving import check_output, file_size, no_progress, save_tensors
 from lib_lora.errors import JobError
 from lib_lora.tools.metadata import lora_metadata, sshs_hashes
+from lib_lora.tools.outcome import Outcome, shapes_only
+from lib_lora.tools.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,27 +50,26 @@ _FACTORS = {
 _NAMES = {"kohya": kohya_name, "peft": peft_name}
 
 
-@dataclass(frozen=True)
-class LoraConversion:
+@dataclass(frozen=True, kw_only=True)
+class LoraConversion(Outcome):
     """A LoRA file in another layout.
 
     Attributes:
         source: What it was made of.
-        path: The new file.
         layout: ``kohya`` or ``peft``.
         base_model: The family that it is for.
         layers: How many.
     """
 
     source: str
-    path: str
     layout: str
     base_model: str
     layers: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+    def __str__(self) -> str:
+        """For people."""
+        made = f"{self.path}: {self.layers} layers for {self.base_model} in {self.layout}'s layout, {self.size_text()}"
+        return "\n".join([made, *self.preview_lines()])
 
 
 def convert_lora(
@@ -78,6 +79,7 @@ def convert_lora(
     *,
     family: BaseModel | None = None,
     overwrite: bool = False,
+    preview: bool = False,
     progress: Progress = no_progress,
 ) -> LoraConversion:
     """Write a LoRA file in the other layout; its tensors stay bit for bit.
@@ -88,7 +90,8 @@ def convert_lora(
         out: The file to be.
         family: What it is for; None to tell it from the file.
         overwrite: Whether an older file is replaced.
-        progress: Told the bytes written.
+        preview: Whether all is checked and nothing is written.
+        progress: Told the bytes hashed and written.
 
     Raises:
         FileError: If `source` can not be read.
@@ -98,22 +101,45 @@ def convert_lora(
         JobError: If it has that layout already, or holds what the layout has no place for.
         OutputError: If the file can not be written.
     """
+    check_output(out, overwrite=overwrite)
+    work = Work(progress)
     file = read_lora_file(source)
-    check_output(out, file.identity.size, overwrite=overwrite)
     network = network_from_file(file)
     family = family or network.base_model
     layers = _plain_layers(file, network, to)
-    tensors = _renamed(layers, file, family, to)
+    tensors = _renamed(layers, file, family, to) | (_alpha_tensors(layers, file, family) if to == "kohya" else {})
+    shapes = shapes_only(tensors)
+    metadata = _metadata(layers, file, family, to, shapes, out.stem)
+    size = file_size(out, shapes, metadata)
+    disk = check_output(out, size, overwrite=overwrite)
+    if not preview:
+        work.expect(file.identity.size + 2 * size)
+        work.add(file.identity.size)
+        metadata |= sshs_hashes(tensors, metadata, work.stage(size))
+        save_tensors(out, tensors, metadata, overwrite=overwrite, progress=work.stage(size))
+    return LoraConversion(
+        paths=(out,),
+        size=size,
+        disk=disk,
+        metadata=metadata,
+        written=not preview,
+        source=str(source),
+        layout=to,
+        base_model=family.value,
+        layers=len(layers),
+    )
+
+
+def _metadata(
+    layers: Layers, file: LoraFile, family: BaseModel, to: Layout, shapes: Mapping[str, Tensor], title: str
+) -> dict[str, str]:
+    """That of the new file, but for its hashes."""
     metadata = {key: text for key, text in file.metadata.items() if key not in (PEFT_SETTINGS, ALPHA_KINDS)}
-    if to == "kohya":
-        tensors |= _alpha_tensors(layers, file, family)
-        if "ss_network_module" not in metadata:
-            metadata = lora_metadata(tensors, metadata, family=family, title=out.stem)
-    else:
+    if to == "peft":
         metadata |= _alpha_texts(layers, file, family)
-    metadata |= sshs_hashes(tensors, metadata)
-    save_tensors(out, tensors, metadata, overwrite=overwrite, progress=progress)
-    return LoraConversion(str(source), str(out), to, family.value, len(layers))
+    elif "ss_network_module" not in metadata:
+        metadata = lora_metadata(shapes, metadata, family=family, title=title)
+    return metadata | sshs_hashes(shapes, metadata)
 
 
 def _plain_layers(file: LoraFile, network: Network, to: Layout) -> dict[str, dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from lib_lora.core.model_folder import MappedFiles, weight_files
@@ -16,10 +16,12 @@ from lib_lora.core.model_layouts import all_original_tensors, diffusers_parts, f
 from lib_lora.core.models import BaseModel
 from lib_lora.core.opening import shown
 from lib_lora.core.replacing import making_folder
-from lib_lora.core.saving import check_output, no_progress, save_bytes, save_tensors
+from lib_lora.core.saving import check_output, file_size, no_progress, save_bytes, save_tensors
 from lib_lora.core.single_file import CONFIGS, Family, recognise
 from lib_lora.errors import ModelError
 from lib_lora.tools.metadata import model_spec, usual_prediction
+from lib_lora.tools.outcome import Outcome
+from lib_lora.tools.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -52,31 +54,29 @@ _SIZES = (
 """Part, end of a weight's name, its dimension, and where the configuration says how large that is."""
 
 
-@dataclass(frozen=True)
-class ModelConversion:
+@dataclass(frozen=True, kw_only=True)
+class ModelConversion(Outcome):
     """A model in another layout.
 
     Attributes:
         source: What it was made of.
-        path: The new file or folder.
         layout: ``single`` or ``diffusers``.
         base_model: Its family.
         tensors: How many were written.
         left_out: Beginning of tensors' names → how many of them the other layout has no place for.
-        notes: Sentences for the user.
     """
 
     source: str
-    path: str
     layout: str
     base_model: str
     tensors: int
     left_out: Mapping[str, int]
-    notes: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+    def __str__(self) -> str:
+        """For people."""
+        left_out = ", ".join(f"{name} ({count})" for name, count in self.left_out.items())
+        made = f"{self.path}: {self.tensors} tensors of {self.base_model}, {self.size_text()}"
+        return "\n".join([*self.notes, *([f"left out: {left_out}"] if left_out else []), made, *self.preview_lines()])
 
 
 def to_diffusers(
@@ -86,6 +86,7 @@ def to_diffusers(
     config: Path | None = None,
     tokenizer: Callable[[str], Mapping[str, bytes]] | None = None,
     prediction: str | None = None,
+    preview: bool = False,
     progress: Progress = no_progress,
 ) -> ModelConversion:
     """Write a single-file checkpoint as a folder of diffusers.
@@ -96,6 +97,7 @@ def to_diffusers(
         config: Folder of configurations in diffusers' layout, for a model of another size; None for the family's own.
         tokenizer: Token that fills a prompt → the tokenizer's files, name → content; a folder without is not complete.
         prediction: ``epsilon`` or ``v``; None to take what the file says, else what is usual in the family.
+        preview: Whether all is checked and nothing is written.
         progress: Told the bytes written.
 
     Raises:
@@ -117,12 +119,28 @@ def to_diffusers(
     tokenizers = {tower.tokenizer: tokenizer(tower.pad_token) for tower in family.towers} if tokenizer else {}
     texts |= {_SCHEDULER: _json(scheduler), _INDEX: _json(_model_index(family, configs, scheduler, tokenizers))}
     texts |= {f"{name}/{file}": content for name, made in tokenizers.items() for file, content in made.items()}
-    with making_folder(out) as made:
-        _write_folder(made, parts, texts, files.watched(progress))
+    sizes = {part: file_size(source, own, _FORMAT) for part, own in parts.items()}
+    size = sum(sizes.values()) + sum(map(len, texts.values()))
+    disk = check_output(out, size)
+    if not preview:
+        with making_folder(out) as made:
+            _write_folder(made, parts, texts, sizes, files.watched(progress))
     notes = [f"the UNet is taken to predict {scheduler['prediction_type']}"]
     if not tokenizers or not all(tokenizers.values()):
         notes.append("the folder has no tokenizer; copy one from a model of the same family")
-    return _conversion(source, out, family, sum(map(len, parts.values())), set(tensors) - used, notes)
+    return ModelConversion(
+        paths=(out,),
+        size=size,
+        disk=disk,
+        metadata=_FORMAT,
+        notes=tuple(notes),
+        written=not preview,
+        source=str(source),
+        layout="diffusers",
+        base_model=family.title,
+        tensors=sum(map(len, parts.values())),
+        left_out=_groups(set(tensors) - used),
+    )
 
 
 def to_single(
@@ -131,6 +149,7 @@ def to_single(
     *,
     variant: str | None = None,
     overwrite: bool = False,
+    preview: bool = False,
     progress: Progress = no_progress,
 ) -> ModelConversion:
     """Write a folder of diffusers as one checkpoint file.
@@ -140,6 +159,7 @@ def to_single(
         out: The file to be.
         variant: Which weights, such as ``fp16``; None for those without a variant, or the only one there is.
         overwrite: Whether an older file is replaced.
+        preview: Whether all is checked and nothing is written.
         progress: Told the bytes written.
 
     Raises:
@@ -154,25 +174,35 @@ def to_single(
     family = family_of(parts, source)
     tensors, used = all_original_tensors(parts, family)
     recognise(_shapes(tensors), shown(source))
-    size = sum(tensor.nbytes for part in parts.values() for tensor in part.values())
-    check_output(out, size, overwrite=overwrite)
     said = _read_json(source / _SCHEDULER).get("prediction_type")
     prediction = "v" if said == _V_PREDICTION else "epsilon"
     metadata = model_spec(BaseModel(family.title), title=out.stem, is_lora=False, prediction=prediction)
+    size = file_size(out, tensors, metadata)
+    disk = check_output(out, size, overwrite=overwrite)
+    work = Work(progress)
+    work.expect(size)
+    progress = work.stage(size)
     for mapped in files.values():
         progress = mapped.watched(progress)
-    save_tensors(out, tensors, metadata, overwrite=overwrite, progress=progress)
-    return _conversion(source, out, family, len(tensors), {f"{p}.{n}" for p in parts for n in parts[p]} - used, [])
-
-
-def _conversion(
-    source: Path, out: Path, family: Family, tensors: int, left_out: Iterable[str], notes: Iterable[str]
-) -> ModelConversion:
-    groups = Counter(".".join(name.split(".")[:_SHOWN_PARTS]) for name in left_out)
-    layout = "diffusers" if out.is_dir() else "single"
+    if not preview:
+        save_tensors(out, tensors, metadata, overwrite=overwrite, progress=progress)
     return ModelConversion(
-        str(source), str(out), layout, family.title, tensors, dict(sorted(groups.items())), tuple(notes)
+        paths=(out,),
+        size=size,
+        disk=disk,
+        metadata=metadata,
+        written=not preview,
+        source=str(source),
+        layout="single",
+        base_model=family.title,
+        tensors=len(tensors),
+        left_out=_groups({f"{part}.{name}" for part in parts for name in parts[part]} - used),
     )
+
+
+def _groups(names: Iterable[str]) -> dict[str, int]:
+    """How many names begin alike."""
+    return dict(sorted(Counter(".".join(name.split(".")[:_SHOWN_PARTS]) for name in names).items()))
 
 
 def _parts(family: Family) -> tuple[str, ...]:
@@ -222,18 +252,18 @@ def _model_index(
 
 
 def _write_folder(
-    folder: Path, parts: Mapping[str, Mapping[str, Tensor]], files: Mapping[str, bytes], progress: Progress
+    folder: Path,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    files: Mapping[str, bytes],
+    sizes: Mapping[str, int],
+    progress: Progress,
 ) -> None:
-    sizes = {part: sum(tensor.nbytes for tensor in tensors.values()) for part, tensors in parts.items()}
-    before = 0
+    work = Work(progress)
+    work.expect(sum(sizes.values()))
     for part, tensors in parts.items():
         (folder / part).mkdir()
-
-        def told(done: int, _: int, before: int = before) -> None:
-            progress(before + done, sum(sizes.values()))
-
-        save_tensors(folder / part / _WEIGHTS.get(part, "model.safetensors"), tensors, _FORMAT, progress=told)
-        before += sizes[part]
+        name = _WEIGHTS.get(part, "model.safetensors")
+        save_tensors(folder / part / name, tensors, _FORMAT, progress=work.stage(sizes[part]))
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         save_bytes(folder / name, content)

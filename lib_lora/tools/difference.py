@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,11 @@ class LayerPair:
     layer: LayerRef
     base: _Weight
     tuned: _Weight
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(out, in·kh·kw)."""
+        return self.layer.shape[0], math.prod(self.layer.shape[1:])
 
     def difference(self, device: torch.device) -> Tensor:
         """Tuned less base, float32, (out, in·kh·kw).

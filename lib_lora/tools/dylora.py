@@ -5,18 +5,21 @@ Source: kohya's extract_lora_from_dylora.py, whose slices and metadata these are
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from lib_lora.core.files import read_lora_file
 from lib_lora.core.naming import split_key
 from lib_lora.core.network import network_from_file
-from lib_lora.core.saving import check_output, no_progress, save_tensors
+from lib_lora.core.saving import check_output, file_size, no_progress, save_tensors
 from lib_lora.errors import JobError
 from lib_lora.tools.metadata import sshs_hashes
+from lib_lora.tools.outcome import Outcome, shapes_only
+from lib_lora.tools.work import Work
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -26,32 +29,37 @@ if TYPE_CHECKING:
     from lib_lora.core.saving import Progress
 
 
-@dataclass(frozen=True)
-class DyloraSplit:
-    """The LoRAs of a DyLoRA.
+@dataclass(frozen=True, kw_only=True)
+class DyloraSplit(Outcome):
+    """The LoRAs of a DyLoRA, by rank, ascending.
 
     Attributes:
-        paths: By rank, ascending.
         ranks: Of the files.
         rank: Of the source.
+        layers: How many each has.
+        base_model: The family that they are for.
     """
 
-    paths: tuple[Path, ...]
     ranks: tuple[int, ...]
     rank: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self) | {"paths": [str(path) for path in self.paths]}
+    layers: int
+    base_model: str
 
     def __str__(self) -> str:
         """For people."""
         lines = [f"{path}, rank {rank}" for path, rank in zip(self.paths, self.ranks, strict=True)]
-        return "\n".join([*lines, f"rank {self.rank} is the whole file"])
+        whole = f"{self.size_text()} in all, {self.layers} layers; rank {self.rank} is the whole file"
+        return "\n".join([*lines, whole, *self.preview_lines()])
 
 
 def split_dylora(
-    lora: Path, out: Path, unit: int, *, overwrite: bool = False, progress: Progress = no_progress
+    lora: Path,
+    out: Path,
+    unit: int,
+    *,
+    overwrite: bool = False,
+    preview: bool = False,
+    progress: Progress = no_progress,
 ) -> DyloraSplit:
     """Write one LoRA for each rank below that of a DyLoRA: the first 1, 2, … units of its ranks; alpha stays.
 
@@ -60,31 +68,81 @@ def split_dylora(
         out: What the files' names begin with: ``out.safetensors`` gives ``out-0004.safetensors``, and so on.
         unit: Ranks that were trained together.
         overwrite: Whether older files are replaced.
-        progress: Told the files done.
+        preview: Whether all is checked and nothing is written.
+        progress: Told the bytes hashed and written.
 
     Raises:
         FileError: If a file can not be read or written; those that this job has added are removed then.
         NamingError, AdapterError, NonFiniteError: If the file is no good LoRA.
         JobError: If `unit` does not divide its rank, or it has layers without ranks, or of different ranks.
     """
+    work = Work(progress)
     file = read_lora_file(lora)
     network = network_from_file(file)
     whole = _rank(file, network, unit)
-    ranks = range(unit, whole, unit)
-    paths = tuple(out.with_name(f"{out.stem}-{rank:04d}.safetensors") for rank in ranks)
-    for path in paths:
-        check_output(path, file.identity.size * sum(ranks) // whole, overwrite=overwrite)
-    added = [path for path in paths if not path.exists()]
+    ranks = tuple(range(unit, whole, unit))
+    parts = [_Part(file, out.with_name(f"{out.stem}-{rank:04d}.safetensors"), rank, whole) for rank in ranks]
+    paths, size = tuple(part.path for part in parts), sum(part.size for part in parts)
+    *_, disk = (check_output(path, size, overwrite=overwrite) for path in paths)
+    metadata = parts[0].metadata(shapes_only(parts[0].tensors()))
+    if not preview:
+        work.expect(file.identity.size + 2 * size)
+        work.add(file.identity.size)
+        metadata, *_ = _write(parts, work, overwrite)
+    return DyloraSplit(
+        paths=paths,
+        size=size,
+        disk=disk,
+        metadata=metadata,
+        written=not preview,
+        ranks=ranks,
+        rank=whole,
+        layers=len(network.adapters),
+        base_model=network.base_model.value,
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of the new files: the first `rank` ranks of a file that has `whole`."""
+
+    file: LoraFile
+    path: Path
+    rank: int
+    whole: int
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes."""
+        tensors = shapes_only(self.tensors())
+        return file_size(self.path, tensors, self.metadata(tensors))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Views of the source's."""
+        return {key: _slice(key, tensor, self.rank) for key, tensor in self.file.tensors.items()}
+
+    def metadata(self, tensors: Mapping[str, Tensor], progress: Progress = no_progress) -> dict[str, str]:
+        """The source's, as kohya changes it, with hashes of this file; `progress` is told the bytes that are hashed."""
+        comment = f"split from DyLoRA, rank {self.whole} to {self.rank}; "
+        comment += self.file.metadata.get("ss_training_comment", "")
+        metadata = dict(self.file.metadata) | {"ss_training_comment": comment, "ss_network_dim": str(self.rank)}
+        return metadata | sshs_hashes(tensors, metadata, progress)
+
+
+def _write(parts: Sequence[_Part], work: Work, overwrite: bool) -> list[dict[str, str]]:
+    """All files or none; gives back their metadata."""
+    said: list[dict[str, str]] = []
+    added = [part.path for part in parts if not part.path.exists()]
     try:
-        for done, (path, rank) in enumerate(zip(paths, ranks, strict=True), 1):
-            tensors = {key: _slice(key, tensor, rank) for key, tensor in file.tensors.items()}
-            save_tensors(path, tensors, _metadata(file, tensors, rank, whole), overwrite=overwrite)
-            progress(done, len(paths))
+        for part in parts:
+            tensors = part.tensors()
+            said.append(part.metadata(tensors, work.stage(part.size)))
+            save_tensors(part.path, tensors, said[-1], overwrite=overwrite, progress=work.stage(part.size))
     except BaseException:
         for path in added:
             path.unlink(missing_ok=True)
         raise
-    return DyloraSplit(paths, tuple(ranks), whole)
+    return said
 
 
 def _rank(file: LoraFile, network: Network, unit: int) -> int:
@@ -108,11 +166,3 @@ def _slice(key: str, tensor: Tensor, rank: int) -> Tensor:
     if parts is None or parts.role == "alpha":
         return tensor
     return tensor[:, :rank] if parts.role == "lora_up" else tensor[:rank]
-
-
-def _metadata(file: LoraFile, tensors: Mapping[str, Tensor], rank: int, whole: int) -> dict[str, str]:
-    """The source's, as kohya changes it, with hashes of this file."""
-    comment = f"split from DyLoRA, rank {whole} to {rank}; {file.metadata.get('ss_training_comment', '')}"
-    own = {"ss_training_comment": comment, "ss_network_dim": str(rank)}
-    metadata = dict(file.metadata) | own
-    return metadata | sshs_hashes(tensors, metadata)

@@ -98,6 +98,30 @@ def exact_factors(adapter: WeightAdapter) -> Factors | None:
     return None
 
 
+def exact_rank(adapter: WeightAdapter) -> int | None:
+    """The rank of `exact_factors`, without making them."""
+    if is_low_rank(adapter):
+        return adapter.rank
+    if isinstance(adapter, LohaAdapter):
+        return len(adapter.first.down) * len(adapter.second.down)
+    if isinstance(adapter, LokrAdapter) and adapter.second.rank is not None:
+        return (adapter.first.rank or min(adapter.first.tensors[0].shape)) * adapter.second.rank
+    return None
+
+
+def without_numbers(sides: Sequence[int], rank: int, dtype: torch.dtype, *, scale: float = 1.0) -> StoredLayer:
+    """What `stored` makes of an update of this rank, on the meta device, for a preview.
+
+    Args:
+        sides: (out, in·kh·kw).
+        rank: Of the layer.
+        dtype: Of all tensors of the file.
+        scale: alpha / rank, where the file says what it is.
+    """
+    up, down = torch.empty(sides[0], rank, device="meta"), torch.empty(rank, sides[1], device="meta")
+    return stored(Factors(up, down, scale), dtype, scale * rank)
+
+
 def _part_factors(part: Part) -> tuple[Tensor, Tensor]:
     """(rows, rank) and (rank, columns·kh·kw) in float32; a whole part beside a unit matrix."""
     if part.rank is None:

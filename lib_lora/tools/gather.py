@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     import torch
 
     from lib_lora.core.adapters import WeightAdapter
+    from lib_lora.core.files import LoraFile
     from lib_lora.core.network import Network
     from lib_lora.prompt.tags import LoraRequest
     from lib_lora.tools.given import GivenLora
+    from lib_lora.tools.work import Work
 
 _KERNEL_3 = (".conv1", ".conv2", ".conv_in", ".conv_out", "samplers.0.conv")
 _KERNEL_1 = (".conv_shortcut",)
@@ -98,8 +100,12 @@ class GatheredLoras:
         return (*notes, *(f"{name}: {count} entries {told}" for name, count in left_out.items() if count))
 
 
-def gather(loras: Sequence[GivenLora]) -> GatheredLoras:
+def gather(loras: Sequence[GivenLora], work: Work) -> GatheredLoras:
     """Read LoRA files and lay their layers over each other.
+
+    Args:
+        loras: At least one.
+        work: Has an occasion to end the job after each file.
 
     Raises:
         FileError, NamingError, AdapterError, NonFiniteError: If a file is no good LoRA.
@@ -109,12 +115,12 @@ def gather(loras: Sequence[GivenLora]) -> GatheredLoras:
     """
     if not loras:
         raise JobError("no LoRA is given")
-    files = [read_lora_file(lora.entry.path) for lora in loras]
-    networks = [network_from_file(file) for file in files]
-    networks = [
-        network if lora.request.dyn is None else network.with_rank(lora.request.dyn)
-        for network, lora in zip(networks, loras, strict=True)
-    ]
+    files: list[LoraFile] = []
+    networks: list[Network] = []
+    for lora in loras:
+        files.append(read_lora_file(lora.entry.path))
+        networks.append(_network(files[-1], lora.request))
+        work.tick()
     family = _common_family(networks)
     layers: dict[str, list[LayerTerm]] = {}
     shapes: dict[str, str] = {}
@@ -128,6 +134,11 @@ def gather(loras: Sequence[GivenLora]) -> GatheredLoras:
     matrices = [tensor for tensor in numbers if tensor.ndim > 1 and tensor.is_floating_point()]
     shared = [SharedLayer(key, _shape(shapes[key], family, terms), tuple(terms)) for key, terms in layers.items()]
     return GatheredLoras(networks, family, storage_dtype(*matrices), shared)
+
+
+def _network(file: LoraFile, request: LoraRequest) -> Network:
+    network = network_from_file(file)
+    return network if request.dyn is None else network.with_rank(request.dyn)
 
 
 def _common_family(networks: Iterable[Network]) -> BaseModel:

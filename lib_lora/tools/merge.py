@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -16,13 +15,16 @@ from lib_lora.core.files import CHUNK_BYTES
 from lib_lora.core.merged_file import MergedFile, MergeTypes
 from lib_lora.core.opening import shown
 from lib_lora.core.replacing import making_folder
-from lib_lora.core.saving import check_output, copy_file, no_progress, save_tensors
+from lib_lora.core.saving import check_output, copy_file, file_size, no_progress, save_tensors
 from lib_lora.errors import JobError
 from lib_lora.presets import PresetFiles
 from lib_lora.resolve import Resolver, plan_of
 from lib_lora.tools.device import usable_device
+from lib_lora.tools.metadata import SHA256_LETTERS, UNKNOWN
+from lib_lora.tools.outcome import Outcome
 from lib_lora.tools.recipe import make_recipe, merged_metadata
 from lib_lora.tools.source import open_model
+from lib_lora.tools.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -39,53 +41,39 @@ Precision = Literal["float", "fp16", "bf16"]
 PRECISIONS: Mapping[str, torch.dtype] = MappingProxyType(
     {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 )
-HEADER_BYTES = 1 << 20
-"""More than the metadata adds."""
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, kw_only=True)
+class MergeReport(Outcome):
     """A checkpoint with LoRAs merged into it.
 
     Attributes:
         model: What it is made of.
-        out: Where it is, or would be.
         base_model: The family.
         loras: What is merged.
         layers: How many layers of the model differ from the source's.
-        size: Bytes.
         precision: Of the calculation.
         save_precision: Of the weights, or None for the source's own.
         recipe: What the result's metadata says of its making.
-        notes: Sentences for the user.
         seconds: That it took.
-        written: Whether it was written, or is a preview.
     """
 
-    model: Path
-    out: Path
+    model: str
     base_model: str
     loras: tuple[AppliedLora, ...]
     layers: int
-    size: int
     precision: str
     save_precision: str | None
     recipe: Mapping[str, Any]
-    notes: tuple[str, ...]
     seconds: float
-    written: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
 
     def __str__(self) -> str:
         """For people."""
         verb = "written" if self.written else "would be written"
         lines = [f"+ {lora}" for lora in self.loras]
         lines += [f"! {note}" for note in self.notes]
-        size = f"{self.size / 1e6:,.1f} MB, {self.layers} layers of {self.base_model} changed"
-        return "\n".join([*lines, f"{self.out}: {size}, {verb} in {self.seconds:.1f} s"])
+        size = f"{self.size_text()}, {self.layers} layers of {self.base_model} changed"
+        return "\n".join([*lines, f"{self.path}: {size}, {verb} in {self.seconds:.1f} s", *self.preview_lines()])
 
 
 def merge_loras(
@@ -115,51 +103,57 @@ def merge_loras(
         hashed: Whether the recipe gets the SHA-256 of the model's file, which has to be read once more for that.
         overwrite: Whether an older file is replaced; a folder never is.
         preview: Whether names, shapes and places are checked, and nothing is calculated or written.
-        progress: Told the bytes written.
+        progress: Told the work done, in about bytes.
 
     Raises:
         PrefuseError: If a file can not be read, a LoRA does not fit, a number overflows, or the result can not be
             written. Whatever was at `out` is untouched then.
     """
-    start = time.perf_counter()
+    start, work = time.perf_counter(), Work(progress)
     _check_places(out, model, loras)
     check_output(out, overwrite=overwrite)
     saved = PRECISIONS[save_precision] if save_precision else None
     types = MergeTypes(None if precision == "float" else PRECISIONS[precision], saved, usable_device(device))
     with open_model(model, out.parent) as source:
-        resolver = Resolver(LoraCatalog(()), source.keymap, presets or _presets_beside(loras))
-        laid = [resolver.lay(*lora) for lora in loras]
+        laid = _laid(Resolver(LoraCatalog(()), source.keymap, presets or _presets_beside(loras)), loras, work)
         plan = plan_of(laid, "exact")
         files = [MergedFile(file, plan, types, is_part=source.is_folder) for file in source.weights]
-        size = sum(file.size for file in files) + sum(file.stat().st_size for file in source.others)
-        check_output(out, size + HEADER_BYTES, overwrite=overwrite)
-        recipe = make_recipe(model, _hashes(model, source) if hashed else None, laid, precision, save_precision)
+        read = 2 * sum(lora.entry.identity.size for lora in loras)  # they are hashed too
+        work.expect(read + sum(file.work for file in files))
+        work.add(read)
+        hashes = _hashes(model, source, work, preview=preview) if hashed else None
+        recipe = make_recipe(model, hashes, laid, precision, save_precision)
+        parts = list(_parts(source, files, recipe, out.stem))
+        work.expect(sum(part.work for part in parts) - sum(file.work for file in files))
+        size = sum(part.size for part in parts)
+        disk = check_output(out, size, overwrite=overwrite)
         if not preview:
-            _write(_Result(source, out, files, recipe, size), overwrite, progress)
+            _write(source, parts, out, work, overwrite=overwrite)
     return MergeReport(
-        model=model,
-        out=out,
+        paths=(out,),
+        size=size,
+        disk=disk,
+        metadata=parts[0].metadata,
+        notes=_notes(laid, plan, source),
+        written=not preview,
+        model=str(model),
         base_model=source.keymap.base_model.value,
         loras=tuple(lora.applied() for lora in laid),
         layers=len(plan.patches),
-        size=size,
         precision=precision,
         save_precision=save_precision,
         recipe=recipe,
-        notes=_notes(laid, plan, source),
         seconds=time.perf_counter() - start,
-        written=not preview,
     )
 
 
-class _Result(NamedTuple):
-    """What is to be written: `files` of the model, and its others as they are; `size` is of all."""
-
-    source: ModelSource
-    out: Path
-    files: Sequence[MergedFile]
-    recipe: Mapping[str, Any]
-    size: int
+def _laid(resolver: Resolver, loras: Sequence[GivenLora], work: Work) -> list[ResolvedLora]:
+    """What each LoRA does to the model."""
+    laid: list[ResolvedLora] = []
+    for lora in loras:
+        laid.append(resolver.lay(*lora))
+        work.tick()
+    return laid
 
 
 def _check_places(out: Path, model: Path, loras: Sequence[GivenLora]) -> None:
@@ -174,52 +168,75 @@ def _presets_beside(loras: Sequence[GivenLora]) -> PresetFiles:
     return PresetFiles(dict.fromkeys(lora.entry.path.parent for lora in loras))
 
 
-def _hashes(model: Path, source: ModelSource) -> dict[str, str]:
-    """File → SHA-256 of the whole file, as the WebUI names checkpoints."""
-    if not source.is_folder:
-        return {model.name: _sha256(model)}
-    return {file.relative_to(model).as_posix(): _sha256(file) for file in source.weights}
+def _hashes(model: Path, source: ModelSource, work: Work, *, preview: bool) -> dict[str, str]:
+    """File → SHA-256 of the whole file, as the WebUI names checkpoints; in a preview it is not read for that."""
+    names = {file: file.relative_to(model).as_posix() for file in source.weights} if source.is_folder else {}
+    names = names or {model: model.name}
+    if preview:
+        return dict.fromkeys(names.values(), UNKNOWN * SHA256_LETTERS)
+    work.expect(sum(file.stat().st_size for file in names))
+    return {name: _sha256(file, work) for file, name in names.items()}
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, work: Work) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            work.add(len(chunk))
     return digest.hexdigest()
 
 
-def _write(result: _Result, overwrite: bool, progress: Progress) -> None:
-    if not result.source.is_folder:
-        _save(result, result.files[0], result.out, overwrite, progress)
+class _Part(NamedTuple):
+    """A file of the result.
+
+    Attributes:
+        source: The file of the model that it is made of.
+        file: How its tensors are made; None for a copy.
+        metadata: Of the result.
+        size: Bytes of the result.
+        work: What writing it costs, in about bytes.
+    """
+
+    source: Path
+    file: MergedFile | None
+    metadata: Mapping[str, str]
+    size: int
+    work: int
+
+
+def _parts(source: ModelSource, files: Sequence[MergedFile], recipe: Mapping[str, Any], title: str) -> Iterator[_Part]:
+    for file in files:
+        if file.is_changed or not source.is_folder:
+            metadata = merged_metadata(file.metadata, recipe, source.keymap.base_model, title)
+            yield _Part(file.path, file, metadata, file_size(file.path, file.tensors(), metadata), file.work)
+        else:
+            yield _copy(file.path, file.metadata)
+    yield from map(_copy, source.others)
+
+
+def _copy(path: Path, metadata: Mapping[str, str] = MappingProxyType({})) -> _Part:
+    size = path.stat().st_size
+    return _Part(path, None, metadata, size, size)
+
+
+def _write(source: ModelSource, parts: Sequence[_Part], out: Path, work: Work, *, overwrite: bool) -> None:
+    if not source.is_folder:
+        _save(parts[0], out, work, overwrite=overwrite)
         return
-    done = 0
-    with making_folder(result.out) as temp:
-        for path, file in _contents(result):
-            target = temp / path.relative_to(result.source.path)
+    with making_folder(out) as temp:
+        for part in parts:
+            target = temp / part.source.relative_to(source.path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            advance = partial(_advance, progress, done, result.size)
-            if file is None:
-                copy_file(path, target, advance)
-            else:
-                _save(result, file, target, False, advance)
-            done += path.stat().st_size if file is None else file.size
+            _save(part, target, work)
 
 
-def _contents(result: _Result) -> Iterator[tuple[Path, MergedFile | None]]:
-    """Every file of the folder to be, and how it is made if it is not a copy."""
-    yield from ((file.path, file if file.is_changed else None) for file in result.files)
-    yield from ((path, None) for path in result.source.others)
-
-
-def _advance(progress: Progress, before: int, total: int, done: int, _: int) -> None:
-    progress(before + done, total)
-
-
-def _save(result: _Result, file: MergedFile, target: Path, overwrite: bool, progress: Progress) -> None:
-    family = result.source.keymap.base_model
-    metadata = merged_metadata(file.metadata, result.recipe, family, result.out.stem)
-    save_tensors(target, file.tensors(), metadata, overwrite=overwrite, progress=progress)
+def _save(part: _Part, target: Path, work: Work, *, overwrite: bool = False) -> None:
+    progress = work.stage(part.work)
+    if part.file is None:
+        copy_file(part.source, target, progress)
+    else:
+        save_tensors(target, part.file.tensors(), part.metadata, overwrite=overwrite, progress=progress)
 
 
 def _notes(laid: Sequence[ResolvedLora], plan: FusePlan, source: ModelSource) -> tuple[str, ...]:

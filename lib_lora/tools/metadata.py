@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -19,8 +19,10 @@ from lib_lora.core.header import CHECKPOINT_LIMITS, LORA_LIMITS, MEGABYTE, encod
 from lib_lora.core.models import BaseModel
 from lib_lora.core.opening import shown
 from lib_lora.core.peft_settings import PEFT_SETTINGS
-from lib_lora.core.saving import bytes_of, layout_of, no_progress, save_with_metadata
+from lib_lora.core.saving import bytes_of, check_output, layout_of, no_progress, save_with_metadata
 from lib_lora.errors import JobError
+from lib_lora.tools.outcome import Outcome
+from lib_lora.tools.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -38,6 +40,7 @@ DYNAMIC = "Dynamic"
 LEGACY_WINDOW = (0x100000, 0x110000)
 """Bytes of a file that its legacy hash looks at; a smaller file has the hash of nothing."""
 LEGACY_LETTERS = 8
+SHA256_LETTERS = 64
 
 _NETWORK = "networks.lora"
 _DOWN = ".lora_down.weight"
@@ -45,25 +48,26 @@ _STALE = ("modelspec.hash_sha256", PEFT_SETTINGS)
 """What is said of the tensors of the file that metadata is taken from, and not of others."""
 
 
-@dataclass(frozen=True)
-class MetadataEdit:
+UNKNOWN = "?"
+"""Stands for each digit of a hash that a preview can not know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetadataEdit(Outcome):
     """What was changed in a header.
 
     Attributes:
-        path: The file that was written.
-        metadata: All that it says now.
         set: Keys that are new or have another text than before.
         removed: Keys that are gone.
     """
 
-    path: str
-    metadata: Mapping[str, str]
     set: tuple[str, ...]
     removed: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+    def __str__(self) -> str:
+        """For people."""
+        counts = f"{len(self.set)} set, {len(self.removed)} removed, {len(self.metadata)} in all"
+        return "\n".join([f"{self.path}: {counts}", *self.preview_lines()])
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def edit_metadata(
     *,
     out: Path | None = None,
     overwrite: bool = False,
+    preview: bool = False,
     progress: Progress = no_progress,
 ) -> MetadataEdit:
     """Change texts in a header; the tensors stay where and what they are, byte for byte.
@@ -118,6 +123,7 @@ def edit_metadata(
         removed: Keys that go.
         out: The file to be; None for `source` itself.
         overwrite: Whether an older file is replaced, `source` too.
+        preview: Whether all is checked and nothing is written.
         progress: Told the bytes written.
 
     Raises:
@@ -131,11 +137,22 @@ def edit_metadata(
         what = f"has no metadata {missing[0]!r} to remove" if missing else "stays as it is: nothing to set or to remove"
         raise JobError(f"{shown(source)} {what}")
     metadata = {key: text for key, text in header.metadata.items() if key not in removed} | dict(changes)
-    _check_length(header.tensors, metadata, source)
+    size = _length(header.tensors, metadata, source) + header.file_size - header.data_start
     path = out or source
-    save_with_metadata(source, path, metadata, overwrite=overwrite, progress=progress)
-    new = tuple(key for key, text in changes.items() if header.metadata.get(key) != text)
-    return MetadataEdit(str(path), metadata, new, tuple(removed))
+    disk = check_output(path, size, overwrite=overwrite)
+    work = Work(progress)
+    work.expect(size)
+    if not preview:
+        save_with_metadata(source, path, metadata, overwrite=overwrite, progress=work.stage(size))
+    return MetadataEdit(
+        paths=(path,),
+        size=size,
+        disk=disk,
+        metadata=metadata,
+        written=not preview,
+        set=tuple(key for key, text in changes.items() if header.metadata.get(key) != text),
+        removed=tuple(removed),
+    )
 
 
 def model_spec(
@@ -188,16 +205,18 @@ def lora_metadata(
     title: str,
     merged_from: Sequence[str] = (),
     now: datetime | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, str]:
     """The metadata of a LoRA file in kohya's layout that a tool makes.
 
     Args:
-        tensors: What will be saved, in the dtypes in which it will be: the hashes are of these.
+        tensors: What will be saved, in the dtypes in which it will be: the hashes are of these. See `sshs_hashes`.
         base: Metadata that is kept where nothing here says otherwise, such as the source's.
         family: What it is for.
         title: For people; the file's name without suffix.
         merged_from: Titles of the files that it was made of.
         now: Local time to be written; None for the clock's.
+        progress: Told the bytes that are hashed.
 
     Raises:
         OutputError: If a tensor can not be saved.
@@ -209,7 +228,7 @@ def lora_metadata(
         metadata["ss_v2"] = str(family is BaseModel.SD2)
     metadata |= network_facts(tensors, base.get("ss_network_args", ""))
     metadata |= model_spec(family, title=title, is_lora=True, prediction=prediction, merged_from=merged_from, now=now)
-    return metadata | sshs_hashes(tensors, metadata)
+    return metadata | sshs_hashes(tensors, metadata, progress)
 
 
 def network_facts(tensors: Mapping[str, Tensor], arguments: str = "") -> dict[str, str]:
@@ -243,34 +262,41 @@ def one_or_dynamic(values: Iterable[float]) -> str:
     return str(different.pop()) if len(different) == 1 else DYNAMIC
 
 
-def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+def sshs_hashes(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], progress: Progress = no_progress
+) -> dict[str, str]:
     """``sshs_model_hash`` and ``sshs_legacy_hash`` of what is going to be saved.
 
     The first is SHA-256 of the tensors' bytes in the file, which editing the metadata does not change. The second is
     of `LEGACY_WINDOW` of a file that has no metadata but `metadata`'s ``ss_*``.
 
     Args:
-        tensors: In the dtypes in which they will be saved.
+        tensors: In the dtypes in which they will be saved. If one is on the meta device, the hashes are `UNKNOWN`.
         metadata: The file's metadata.
+        progress: Told the bytes that are hashed.
 
     Raises:
         OutputError: If a tensor can not be saved.
     """
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return {"sshs_model_hash": UNKNOWN * SHA256_LETTERS, "sshs_legacy_hash": UNKNOWN * LEGACY_LETTERS}
     layout = layout_of(tensors, Path(metadata.get("modelspec.title", "the file")))
     header = encode_header(layout, {key: value for key, value in metadata.items() if key.startswith("ss_")})
     first, last = LEGACY_WINDOW
     whole, window = hashlib.sha256(), hashlib.sha256(header[first:last])
     begin = len(header)
-    for name in layout:
+    size = sum(info.end - info.begin for info in layout.values())
+    for name, info in layout.items():
         data = bytes_of(tensors[name])
         whole.update(data)
         window.update(data[max(0, first - begin) : max(0, last - begin)])
         begin += len(data)
+        progress(info.end, size)
     return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": window.hexdigest()[:LEGACY_LETTERS]}
 
 
-def _check_length(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], source: Path) -> None:
-    """What every program can read: a header as long as a LoRA's may be here, in Unicode, without nameless texts."""
+def _length(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], source: Path) -> int:
+    """Bytes of a header that every program can read: as long as a LoRA's may be here, without nameless texts."""
     if "" in metadata:
         raise JobError(f"{shown(source)}: metadata needs a name, such as modelspec.title")
     try:
@@ -280,6 +306,7 @@ def _check_length(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     if length > LORA_LIMITS.header_bytes:
         most = LORA_LIMITS.header_bytes // MEGABYTE
         raise JobError(f"{shown(source)} would have a header of {length / MEGABYTE:,.1f} MB, at most {most} are read")
+    return length
 
 
 def _kind(family: BaseModel, prediction: Prediction) -> _Kind | None:

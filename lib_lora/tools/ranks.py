@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Dynamic: TypeAlias = Literal["sv_ratio", "sv_fro", "sv_cumulative"]
+RANKS_AT_MOST = "at most: the ranks are chosen by the layers' own singular values"
+"""A preview's note where `RankRule.depends_on_values`."""
 KOHYAS_ZERO = 1e-6
 """A largest singular value up to this is that of a layer that changes nothing, for kohya."""
 
@@ -66,6 +68,20 @@ class RankRule:
         is_conv = len(shape) == 4 if self.kohya else math.prod(shape[2:]) > 1
         return self.rank if self.conv_rank is None or not is_conv else self.conv_rank
 
+    @property
+    def depends_on_values(self) -> bool:
+        """Whether `of` may give fewer than `most`."""
+        return self.dynamic is not None or self.kohya
+
+    def most(self, shape: Sequence[int], count: int) -> int:
+        """The largest rank that `of` gives.
+
+        Args:
+            shape: (out, in) or (out, in, kh, kw).
+            count: Of singular values.
+        """
+        return min(self.largest(shape), _smaller_side(shape) if self.kohya else count)
+
     def of(self, values: Tensor, shape: Sequence[int]) -> int:
         """Rank of a layer: 1 at least, and at most what there is, or for kohya the smaller side of ΔW.
 
@@ -73,7 +89,7 @@ class RankRule:
             values: Its singular values, in descending order, without alpha.
             shape: (out, in) or (out, in, kh, kw).
         """
-        largest = min(self.largest(shape), _smaller_side(shape) if self.kohya else len(values))
+        largest = self.most(shape, len(values))
         if self.kohya and values[0] <= KOHYAS_ZERO:
             return 1
         if self.dynamic is None or self.parameter is None:

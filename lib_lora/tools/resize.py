@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from lib_lora.core.adapters import Factors
 from lib_lora.core.adapters.lora import LoraAdapter
@@ -13,7 +13,7 @@ from lib_lora.core.naming import BIAS, PIPELINE_PARTS, split_key
 from lib_lora.core.network import network_from_file
 from lib_lora.core.norms import factors_norm
 from lib_lora.core.peft_settings import PEFT_SETTINGS, Rank, peft_settings
-from lib_lora.core.saving import check_output, no_progress, save_tensors
+from lib_lora.core.saving import FLOPS_PER_BYTE, check_output, no_progress, save_tensors
 from lib_lora.errors import AdapterError, JobError
 from lib_lora.tools.factored import (
     Truncation,
@@ -24,9 +24,12 @@ from lib_lora.tools.factored import (
     storage_dtype,
     stored,
     truncated,
+    without_numbers,
 )
 from lib_lora.tools.metadata import lora_metadata
-from lib_lora.tools.outcome import LayerOutcome, LoraOutcome, dtype_name
+from lib_lora.tools.outcome import LayerOutcome, LoraOutcome, LoraResult, dtype_name
+from lib_lora.tools.ranks import RANKS_AT_MOST
+from lib_lora.tools.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,11 +41,16 @@ if TYPE_CHECKING:
     from lib_lora.core.files import LoraFile
     from lib_lora.core.network import Network
     from lib_lora.core.saving import Progress
+    from lib_lora.tools.factored import StoredLayer
     from lib_lora.tools.ranks import RankRule
+
+    _Made: TypeAlias = "tuple[Mapping[str, Tensor], LayerOutcome]"
 
 _PEFT_UP = ".lora_B.weight"
 _FOLDED = ("lora_mid", "scale")
 """Tucker's core is folded into `down`, a scale of its own into alpha or `up`."""
+_PRODUCTS = 8
+"""Of two thin factors' columns, in float32, that a layer takes in all."""
 _SCALES = {"alpha", "scale"}
 
 
@@ -62,6 +70,18 @@ class _Layer:
     keys: Mapping[str, str]
     bias: str | None
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(out, in·kh·kw)."""
+        return self.adapter.shape[0], math.prod(self.adapter.shape[1:])
+
+    def tensors(self, kept: StoredLayer) -> dict[str, Tensor]:
+        """By the file's own keys, which may have no alpha."""
+        ones = (1,) * (len(self.adapter.shape) - 2)
+        up, down = kept.up.view(-1, kept.rank, *ones), kept.down.view(kept.rank, *self.adapter.shape[1:])
+        made = {self.keys["lora_up"]: up, self.keys["lora_down"]: down}
+        return made | ({self.keys["alpha"]: kept.alpha} if "alpha" in self.keys else {})
+
 
 def resize(
     lora: Path,
@@ -70,6 +90,7 @@ def resize(
     *,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    preview: bool = False,
     progress: Progress = no_progress,
 ) -> LoraOutcome:
     """Write a LoRA with other ranks; alpha / rank stays what it was.
@@ -82,7 +103,8 @@ def resize(
         rule: The ranks.
         dtype: Of all tensors; None for each layer's own.
         overwrite: Whether an older file is replaced.
-        progress: Told the layers done.
+        preview: Whether all is checked, and nothing is calculated or written.
+        progress: Told the work done, in about bytes.
 
     Raises:
         FileError: If a file can not be read or written.
@@ -91,27 +113,65 @@ def resize(
         JobError: If it has no layers with factors, or PEFT's settings scale others that it has.
     """
     check_output(out, overwrite=overwrite)
+    work = Work(progress)
     file = read_lora_file(lora)
     network = network_from_file(file)
     layers = _layers(file, network)
-    check_output(out, sum(_size(layer, rule, dtype) for layer in layers), overwrite=overwrite)
-    notes = _notes(file, network, layers)
-    tensors = {key: _as(tensor, dtype) for key, tensor in file.tensors.items()}
-    outcomes: list[LayerOutcome] = []
-    for done, layer in enumerate(layers, 1):
-        new, outcome = _resized(layer, rule, dtype)
-        for role in _FOLDED if new else ():
-            tensors.pop(layer.keys.get(role, ""), None)
-        if new and layer.bias and "alpha" not in layer.keys:
-            tensors[layer.bias] = tensors[layer.bias] * layer.adapter.scale
-        tensors |= new
-        outcomes.append(outcome)
-        progress(done, len(layers))
-    said = dict(file.metadata) | {"ss_training_comment": _comment(file, rule, network)}
-    metadata = lora_metadata(tensors, said, family=network.base_model, title=out.stem) | _settings(layers, outcomes)
-    save_tensors(out, tensors, metadata, overwrite=overwrite)
-    dtypes = dtype_name(tensors[layer.keys["lora_up"]].dtype for layer in layers)
-    return LoraOutcome(out, out.stat().st_size, network.base_model.value, dtypes, tuple(outcomes), notes)
+    job = _Job(file, network, layers, out, rule, dtype, _notes(file, network, layers))
+    planned = job.result([_planned(layer, rule, dtype) for layer in layers])
+    disk = check_output(out, planned.size, overwrite=overwrite)
+    if preview:
+        return planned.outcome(disk, written=False)
+    work.expect(file.identity.size + sum(map(_cost, layers)) + 2 * planned.size)
+    work.add(file.identity.size)
+    made: list[_Made] = []
+    for layer in layers:
+        made.append(_resized(layer, rule, dtype))
+        work.add(_cost(layer))
+    result = job.result(made, work.stage(planned.size))
+    save_tensors(out, result.tensors, result.metadata, overwrite=overwrite, progress=work.stage(planned.size))
+    return result.outcome(disk, written=True)
+
+
+class _Job(NamedTuple):
+    """What `resize` was asked for, and what it found in the file."""
+
+    file: LoraFile
+    network: Network
+    layers: Sequence[_Layer]
+    out: Path
+    rule: RankRule
+    dtype: torch.dtype | None
+    notes: tuple[str, ...]
+
+    def result(self, made: Sequence[_Made], progress: Progress = no_progress) -> LoraResult:
+        """The whole file of its new layers; `progress` is told the bytes that are hashed."""
+        tensors = {key: _as(tensor, self.dtype) for key, tensor in self.file.tensors.items()}
+        for layer, (new, _) in zip(self.layers, made, strict=True):
+            for role in _FOLDED if new else ():
+                tensors.pop(layer.keys.get(role, ""), None)
+            if new and layer.bias and "alpha" not in layer.keys:
+                tensors[layer.bias] = tensors[layer.bias] * layer.adapter.scale
+            tensors |= new
+        outcomes = tuple(outcome for _, outcome in made)
+        return LoraResult(
+            path=self.out,
+            tensors=tensors,
+            metadata=self._metadata(tensors, outcomes, progress),
+            base_model=self.network.base_model.value,
+            dtype=dtype_name(tensors[layer.keys["lora_up"]].dtype for layer in self.layers),
+            layers=outcomes,
+            notes=self.notes,
+            limit=RANKS_AT_MOST if self.rule.depends_on_values else "",
+        )
+
+    def _metadata(
+        self, tensors: Mapping[str, Tensor], outcomes: Sequence[LayerOutcome], progress: Progress
+    ) -> dict[str, str]:
+        said = dict(self.file.metadata) | {"ss_training_comment": _comment(self.file, self.rule, self.network)}
+        title, family = self.out.stem, self.network.base_model
+        made = lora_metadata(tensors, said, family=family, title=title, progress=progress)
+        return made | _settings(self.layers, outcomes)
 
 
 def _layers(file: LoraFile, network: Network) -> list[_Layer]:
@@ -126,11 +186,9 @@ def _layers(file: LoraFile, network: Network) -> list[_Layer]:
     ]
 
 
-def _size(layer: _Layer, rule: RankRule, dtype: torch.dtype | None) -> int:
-    """Bytes of a layer's factors, with a dynamic method at most."""
-    up, shape = layer.adapter.up, layer.adapter.shape
-    rank = min(rule.largest(shape), layer.adapter.rank)
-    return rank * (shape[0] + math.prod(shape[1:])) * (dtype or up.dtype).itemsize
+def _cost(layer: _Layer) -> int:
+    """Units of `Work`: products of thin factors, and their singular values."""
+    return _PRODUCTS * sum(layer.sides) * layer.adapter.rank**2 // FLOPS_PER_BYTE
 
 
 def _notes(file: LoraFile, network: Network, layers: Sequence[_Layer]) -> tuple[str, ...]:
@@ -162,28 +220,48 @@ def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 
-def _resized(layer: _Layer, rule: RankRule, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], LayerOutcome]:
+def _planned(layer: _Layer, rule: RankRule, dtype: torch.dtype | None) -> _Made:
+    """A layer without its numbers."""
+    adapter, before = layer.adapter, layer.adapter.rank
+    if _is_small(layer, rule):
+        rank = before
+        if _stays(layer, dtype):
+            return {}, LayerOutcome(layer.name, before, before)
+    else:
+        rank = rule.most(adapter.shape, min(before, *layer.sides))
+    kept = without_numbers(layer.sides, rank, dtype or storage_dtype(adapter.up, adapter.down), scale=adapter.scale)
+    return layer.tensors(kept), LayerOutcome(layer.name, before, rank)
+
+
+def _is_small(layer: _Layer, rule: RankRule) -> bool:
+    """Whether its rank is."""
+    return not rule.depends_on_values and layer.adapter.rank <= rule.largest(layer.adapter.shape)
+
+
+def _stays(layer: _Layer, dtype: torch.dtype | None) -> bool:
+    """Whether the numbers of a layer whose rank is small enough are kept bit for bit."""
+    return dtype is None and (layer.adapter.scale == 1 or not _SCALES.isdisjoint(layer.keys))
+
+
+def _resized(layer: _Layer, rule: RankRule, dtype: torch.dtype | None) -> _Made:
     """A layer's new tensors by key, none if it is kept bit for bit; and what became of it."""
-    adapter, keys = layer.adapter, layer.keys
-    low, before, norm, lost = adapter.factors(), adapter.rank, 0.0, 0.0
-    if rule.dynamic is None and not rule.kohya and before <= rule.largest(adapter.shape):
+    adapter = layer.adapter
+    low, before, lost = adapter.factors(), adapter.rank, 0.0
+    if _is_small(layer, rule):
         norm = factors_norm(low)
-        if dtype is None and (adapter.scale == 1 or not _SCALES.isdisjoint(keys)):
-            return {}, LayerOutcome(layer.name, before, before, norm, 0.0)
+        if _stays(layer, dtype):
+            return {}, LayerOutcome(layer.name, before, before, norm)
         low = Factors(low.up.double(), low.down.double(), low.scale)
     else:
         cut = _cut(layer, rule)
         low = cut.factors._replace(scale=adapter.scale)
         norm, lost = (abs(adapter.scale) * part for part in (cut.norm, cut.lost))
     rank = low.up.shape[1]
-    alpha = adapter.scale * rank if "alpha" in keys else None
+    alpha = adapter.scale * rank if "alpha" in layer.keys else None
     kept = stored(balanced(low), dtype or storage_dtype(adapter.up, adapter.down), alpha)
     check_finite(layer.name, kept)
-    ones = (1,) * (len(adapter.shape) - 2)
-    new = {keys["lora_up"]: kept.up.view(-1, rank, *ones), keys["lora_down"]: kept.down.view(rank, *adapter.shape[1:])}
-    new |= {keys["alpha"]: kept.alpha} if "alpha" in keys else {}
     error = math.hypot(lost, distance(balanced(low), kept.factors()))
-    return new, LayerOutcome(layer.name, before, rank, norm, error)
+    return layer.tensors(kept), LayerOutcome(layer.name, before, rank, norm, error)
 
 
 def _cut(layer: _Layer, rule: RankRule) -> Truncation:

@@ -123,7 +123,7 @@ def test_a_cancelled_job_leaves_nothing(tmp_path):
     before = sorted(tmp_path.iterdir())
 
     def cancel(done: int, total: int) -> None:
-        if (done, total) == (3, 4):
+        if done > 0.6 * total:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -470,5 +470,5 @@ def test_an_output_is_checked_before_the_work(path, tmp_path, monkeypatch):
         check_output(path)
     check_output(path, overwrite=True)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
-    with pytest.raises(OutputError, match="needs 2 MB and the disk has 1 MB"):
+    with pytest.raises(OutputError, match=r"needs 2\.0 MB and the disk has 1\.0 MB"):
         check_output(path, 2_000_000, overwrite=True)

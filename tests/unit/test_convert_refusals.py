@@ -162,10 +162,11 @@ def test_the_command_converts_and_says_what_it_made(command, file, tmp_path):
     out = tmp_path / "new.safetensors"
     code, stdout, stderr = command("--lora", file, "--to", "peft", "--out", out, "--json")
     expected = {"source": str(file), "path": str(out), "layout": "peft", "base_model": "SD 1.x", "layers": 1}
-    assert (code, json.loads(stdout), stderr) == (0, expected, "")
+    assert (code, json.loads(stdout).items() >= expected.items(), stderr) == (0, True, "")
     assert command("--lora", file, "--to", "peft", "--out", out)[0] == REFUSED
     code, stdout, _ = command("--lora", file, "--to", "peft", "--out", out, "--force", "--family", "sd1")
-    assert (code, stdout) == (0, f"{out}: 1 layers for SD 1.x in peft's layout\n")
+    assert code == 0
+    assert stdout.startswith(f"{out}: 1 layers for SD 1.x in peft's layout, ")
     assert read_lora_file(out).metadata["author"] == "me"
 
 

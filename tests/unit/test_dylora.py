@@ -117,7 +117,7 @@ def test_a_cancelled_job_takes_back_what_it_added(tmp_path):
     source = dylora(tmp_path / "a.safetensors")
 
     def cancel(done: int, total: int) -> None:
-        if done == 3:
+        if done > 0.8 * total:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -130,7 +130,7 @@ def test_the_command_names_the_files(tmp_path, capsys):
     options = ["split-dylora", "--lora", str(source), "--out", str(tmp_path / "b.safetensors")]
     assert main([*options, "--unit", "6", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told == {"paths": [str(tmp_path / "b-0006.safetensors")], "ranks": [6], "rank": 12}
+    assert (told["paths"], told["ranks"], told["rank"]) == ([str(tmp_path / "b-0006.safetensors")], [6], 12)
     assert main([*options, "--unit", "6"]) == 1
     assert "b-0006.safetensors exists already" in capsys.readouterr().err
     assert main([*options, "--unit", "7"]) == 1
