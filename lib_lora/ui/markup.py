@@ -37,6 +37,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return f'<div class="prefuse-table"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def pairs(rows: Iterable[tuple[object, object]]) -> str:
+    """Names and what they are."""
+    body = "".join(f"<tr><th>{escape(str(name))}</th><td>{escape(str(value))}</td></tr>" for name, value in rows)
+    return f'<div class="prefuse-table"><table class="prefuse-pairs"><tbody>{body}</tbody></table></div>'
+
+
+def folded(title: str, content: str) -> str:
+    """HTML that is shown when its title is clicked."""
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
+
+
 def copyable(texts: Texts, text: str) -> str:
     """A text and a button that copies it."""
     title, words = escape(texts("page.copy.hint")), escape(texts("page.copy"))
