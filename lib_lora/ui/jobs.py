@@ -166,6 +166,10 @@ class Slot:
         self._mine = [*(one for one in self._mine if one.state().phase in ("waiting", "running")), job]
         yield from job.states()
 
+    def count(self, phase: Phase) -> int:
+        """How many jobs of this form are in a phase."""
+        return sum(job.state().phase == phase for job in self._mine)
+
     def cancel(self) -> None:
         """End all jobs of this form, those that wait too."""
         for job in self._mine:
