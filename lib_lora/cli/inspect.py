@@ -24,7 +24,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--model", type=Path, help="checkpoint or diffusers folder to lay the LoRA over")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw norms and ranks of a LoRA's blocks")
-    parser.add_argument("--force", action="store_true", help="replace an existing picture")
+    parser.add_argument("--csv", type=Path, metavar="FILE.csv", help="write how much each block's elements change")
+    parser.add_argument("--force", action="store_true", help="replace an existing picture or table")
     parser.add_argument("--json", action="store_true")
 
 
@@ -37,6 +38,11 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
         from lib_lora.tools.plots.file import save_plot
 
         save_plot(inspection, arguments.plot, overwrite=arguments.force)
+    if arguments.csv:
+        from lib_lora.tools.analyse import analyse_blocks
+        from lib_lora.tools.table import save_csv
+
+        save_csv(analyse_blocks(arguments.file, arguments.model).to_csv(), arguments.csv, overwrite=arguments.force)
     tell(inspection.to_dict(), _inspection_text(inspection), as_json=arguments.json)
 
 

@@ -130,6 +130,20 @@ def peft_name(layer: str, family: BaseModel) -> str:
     return f"{PIPELINE_PARTS[component]}.{path}"
 
 
+def original_name(layer: str, family: BaseModel) -> str:
+    """Dotted path in its component as `LayerRef.original`: ``input_blocks.1.1.proj_in``, or as in transformers.
+
+    Args:
+        layer: See `dotted_name`.
+        family: See `dotted_name`.
+
+    Raises:
+        NamingError: See `dotted_name`.
+    """
+    component, path = _split(layer, family)
+    return (translate(path, _ldm_paths(family)) if component == "unet" else None) or path
+
+
 def _split(layer: str, family: BaseModel) -> tuple[str, str]:
     """Component, and path in diffusers' or transformers' spelling."""
     if family not in FAMILIES:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +22,17 @@ from lib_lora.core.network import network_from_file
 from lib_lora.core.norms import delta_norm, shares
 from lib_lora.core.plan import match_network
 from lib_lora.errors import PrefuseError
+from lib_lora.tools.training import Training, read_training
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor
 
     from lib_lora.core.adapters import WeightAdapter
     from lib_lora.core.files import LoraFile
+    from lib_lora.core.layers import LayerRef
     from lib_lora.core.network import Network
 
 DIFFUSERS_LAYERS_PER_BLOCK = 2
@@ -58,6 +61,38 @@ class LayerFacts:
     rank: int
     alpha: float | None
     norm: float | None
+
+
+def _no_weights(_: Iterable[LayerRef]) -> Mapping[str, Tensor]:
+    return {}
+
+
+@dataclass(frozen=True)
+class GivenModel:
+    """A model that a LoRA is laid over.
+
+    Attributes:
+        keymap: Its layers.
+        weights: Gives the untouched weights of layers by `LayerRef.key`, of those that are at hand.
+    """
+
+    keymap: KeyMap
+    weights: Callable[[Iterable[LayerRef]], Mapping[str, Tensor]] = _no_weights
+
+    @classmethod
+    def of(cls, model: Path | GivenModel) -> GivenModel:
+        """A model on disk.
+
+        Args:
+            model: A checkpoint (.safetensors) or diffusers folder; or itself.
+
+        Raises:
+            FileError: If a file can not be read.
+            ModelError: If the model has no weights in .safetensors files.
+        """
+        if isinstance(model, GivenModel):
+            return model
+        return cls(model_keymap(model), partial(layer_tensors, files=model_files(model)))
 
 
 @dataclass(frozen=True)
@@ -121,6 +156,11 @@ class Inspection:
     metadata: Mapping[str, str]
     fit: Fit | None = None
 
+    @property
+    def training(self) -> Training:
+        """What the metadata tells of the training."""
+        return read_training(self.metadata)
+
     def block_shares(self) -> dict[str, float]:
         """Block → part of the whole change (Σ‖ΔW‖²) that lies there."""
         return shares((layer.block, layer.norm) for layer in self.layers)
@@ -135,15 +175,16 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self) | {"blocks": self.block_norms(), "block_shares": self.block_shares()}
+        blocks = {"blocks": self.block_norms(), "block_shares": self.block_shares()}
+        return asdict(self) | blocks | {"training": asdict(self.training)}
 
 
-def inspect_file(path: Path, model: Path | None = None) -> Inspection:
+def inspect_file(path: Path, model: Path | GivenModel | None = None) -> Inspection:
     """Look at a file; a LoRA that could not be applied is described too, with the reason.
 
     Args:
         path: The file.
-        model: A checkpoint (.safetensors) or diffusers folder that the LoRA is laid over, or None.
+        model: What the LoRA is laid over: a checkpoint (.safetensors), a diffusers folder, a loaded model, or None.
 
     Raises:
         FileError: If a file can not be read at all.
@@ -151,7 +192,7 @@ def inspect_file(path: Path, model: Path | None = None) -> Inspection:
     """
     file = read_lora_file(path)
     network, problem = _interpret(file)
-    fit, norms = _fit(network, model) if network and model else (None, {})
+    fit, norms = lay_over(network, GivenModel.of(model)) if network and model else (None, {})
     checkpoint = KeyMap.from_checkpoint({name: tuple(tensor.shape) for name, tensor in file.tensors.items()})
     is_checkpoint = len(checkpoint) > 0 and not (network and network.adapters)
     base_model = checkpoint.base_model if is_checkpoint else network.base_model if network else None
@@ -177,21 +218,20 @@ def inspect_file(path: Path, model: Path | None = None) -> Inspection:
     )
 
 
-def _fit(network: Network, model: Path) -> tuple[Fit, dict[str, float | None]]:
-    """How the network lies over a model, and the norms of its layers there, by layer name."""
-    keymap = model_keymap(model)
+def lay_over(network: Network, model: GivenModel) -> tuple[Fit, dict[str, float | None]]:
+    """How a network lies over a model, and ‖ΔW‖ of its layers that depend on the model's weight, by layer name."""
+    family = model.keymap.base_model.value
     try:
-        match = match_network(keymap, network)
+        match = match_network(model.keymap, network)
     except PrefuseError as error:
-        return Fit(keymap.base_model.value, 0, len(network.adapters), {}, str(error)), {}
-    weights = layer_tensors((layer for layer, adapter in match.layers if adapter.needs_base), model_files(model))
+        return Fit(family, 0, len(network.adapters), {}, str(error)), {}
+    weights = model.weights(layer for layer, adapter in match.layers if adapter.needs_base)
     norms = {
         name: delta_norm(network.adapters[name], weights[place.key])
         for name in network.adapters
-        if (place := keymap.find(name)) is not None and place.key in weights
+        if (place := model.keymap.find(name)) is not None and place.key in weights
     }
-    fit = Fit(keymap.base_model.value, match.matched, match.total, group_names(match.unmatched), None)
-    return fit, norms
+    return Fit(family, match.matched, match.total, group_names(match.unmatched), None), norms
 
 
 def _interpret(file: LoraFile) -> tuple[Network | None, str | None]:

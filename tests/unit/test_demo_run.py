@@ -12,8 +12,8 @@ from PIL import Image
 import lib_lora.hosts.standalone.demo_run as demo
 from lib_lora.core.files import read_lora_file
 from lib_lora.hosts.standalone.demo import LORA_DIR
-from lib_lora.hosts.standalone.grid import GAP, ROW_LABEL_WIDTH, draw_grid, wrap
 from lib_lora.hosts.standalone.timings import similar_loras
+from lib_lora.tools.grid import GAP, ROW_LABEL_WIDTH, draw_grid, wrap
 
 pytestmark = pytest.mark.newest
 

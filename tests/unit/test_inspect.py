@@ -112,3 +112,11 @@ def test_unused_keys_are_listed(tmp_path):
     layers = lierla(KeyMap.from_modules({"unet": sd1_unet()}))[:1]
     save_tensors(tmp_path / "a.safetensors", lora_tensors(layers) | {"something.else.entirely": torch.ones(1)})
     assert inspect_file(tmp_path / "a.safetensors").unused == ("something.else.entirely",)
+
+
+def test_what_is_known_of_the_training_is_told(tmp_path):
+    layers = lierla(KeyMap.from_modules({"unet": sd1_unet()}))[:1]
+    metadata = {"ss_resolution": "512", "ss_tag_frequency": '{"a": {"cat": 2}, "b": {"cat": 1}}'}
+    save_tensors(tmp_path / "a.safetensors", lora_tensors(layers), metadata)
+    told = inspect_file(tmp_path / "a.safetensors").to_dict()["training"]
+    assert told == {"facts": {"resolution": "512"}, "folders": (), "tags": {"cat": 3}}

@@ -15,11 +15,11 @@ from lib_lora.core.saving import save_bytes
 from lib_lora.hosts.host import GenerateRequest
 from lib_lora.hosts.standalone.demo import LORA_DIR
 from lib_lora.hosts.standalone.generate import generate
-from lib_lora.hosts.standalone.grid import draw_grid
 from lib_lora.hosts.standalone.infotext import png_bytes
 from lib_lora.hosts.standalone.loading import DEMO, DEMO_THREADS, load_pipeline
 from lib_lora.hosts.standalone.timings import similar_loras, step_times, switch_times
 from lib_lora.session import LoraSession
+from lib_lora.tools.grid import draw_grid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

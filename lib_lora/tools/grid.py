@@ -1,7 +1,8 @@
-"""A labelled grid of pictures."""
+"""Labelled grids of pictures."""
 
 from __future__ import annotations
 
+import inspect
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ def draw_grid(
     top = GAP + LINE_HEIGHT * max(head.count("\n") + 1 for head in heads)
     size = (ROW_LABEL_WIDTH + len(columns) * (cell + GAP), top + GAP + len(rows) * (cell + GAP))
     sheet = Image.new("RGB", size, PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
+    pen, font = ImageDraw.Draw(sheet), _font()
     for column, head in enumerate(heads):
         pen.multiline_text((ROW_LABEL_WIDTH + column * (cell + GAP), GAP), head, INK, font)
     for row, (label, line) in enumerate(zip(rows, pictures, strict=True)):
@@ -45,7 +46,34 @@ def draw_grid(
     return sheet
 
 
+def beside(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Grids side by side on one sheet."""
+    size = (sum(sheet.width for sheet in sheets), max(sheet.height for sheet in sheets))
+    whole = Image.new("RGB", size, PAPER)
+    x = 0
+    for sheet in sheets:
+        whole.paste(sheet, (x, 0))
+        x += sheet.width
+    return whole
+
+
+def in_cell(picture: Image.Image, cell: int) -> Image.Image:
+    """A picture of any size in the middle of a square of `cell` pixels."""
+    factor = cell / max(picture.size)
+    width, height = (max(1, round(side * factor)) for side in picture.size)
+    how = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
+    square = Image.new("RGB", (cell, cell), PAPER)
+    square.paste(picture.resize((width, height), how), ((cell - width) // 2, (cell - height) // 2))
+    return square
+
+
 def wrap(label: str, width: int) -> str:
     """The label in lines of at most `width` pixels."""
     letters = max(width // LETTER_WIDTH, 1)
     return "\n".join(part for line in label.split("\n") for part in textwrap.wrap(line, letters) or [""])
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    if "size" in inspect.signature(ImageFont.load_default).parameters:
+        return ImageFont.load_default(FONT_SIZE)
+    return ImageFont.load_default()  # Pillow before 10.1 has one size
