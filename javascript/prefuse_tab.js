@@ -1,53 +1,63 @@
 // The page "Prefuse": tooltips, keys, copying. Loaded by the WebUI as a file, and by the page itself elsewhere.
 
 (function() {
-    function root() {
-        return document.getElementById("prefuse");
+    const COPIED_MS = 1500;
+    let hints = null;
+
+    function readHints() {
+        const data = document.getElementById("prefuse-hints");
+        return data ? JSON.parse(data.dataset.hints) : null;
     }
 
-    function showHints() {
-        const data = document.getElementById("prefuse-hints");
-        if (!data || data.dataset.done) return;
-        const hints = JSON.parse(data.dataset.hints);
-        const missing = Object.keys(hints).filter((id) => !document.getElementById(id));
-        for (const [id, hint] of Object.entries(hints)) {
-            const element = document.getElementById(id);
-            if (element) element.title = hint;
-        }
-        if (!missing.length) data.dataset.done = "1";
+    // Gradio makes and unmakes controls at any time, so each gets its tooltip when the mouse or the keyboard reaches it.
+    function showHint(event) {
+        const control = event.target instanceof Element ? event.target.closest("[id^=prefuse-]") : null;
+        if (!control) return;
+        hints = hints || readHints();
+        if (hints && hints[control.id] && control.title !== hints[control.id]) control.title = hints[control.id];
     }
 
     function onKey(event) {
         if (!(event.key === "Enter" && (event.ctrlKey || event.metaKey))) return;
-        const tab = root() && root().contains(event.target) && event.target.closest("[role=tabpanel], .tabitem");
+        const tab = event.target.closest("#prefuse [role=tabpanel], #prefuse .tabitem");
         const button = tab && tab.querySelector(".prefuse-start");
         if (!button) return;
         event.preventDefault();
         (button.tagName === "BUTTON" ? button : button.querySelector("button") || button).click();
     }
 
-    function copy(text) {
-        if (navigator.clipboard && window.isSecureContext) return navigator.clipboard.writeText(text);
-        const box = document.createElement("textarea"); // over plain http browsers have no clipboard for scripts
+    // Browsers offer the clipboard to safe places alone: this computer, and https.
+    function copyWithout(text) {
+        const box = document.createElement("textarea");
         box.value = text;
+        box.style.position = "fixed";
         document.body.append(box);
         box.select();
         document.execCommand("copy");
         box.remove();
     }
 
-    function onClick(event) {
-        const button = event.target.closest && event.target.closest(".prefuse-copy");
+    async function copy(text) {
+        try {
+            await navigator.clipboard.writeText(text);
+        } catch (error) {
+            copyWithout(text);
+        }
+    }
+
+    async function onClick(event) {
+        const button = event.target instanceof Element ? event.target.closest(".prefuse-copy") : null;
         if (!button) return;
         event.preventDefault();
-        copy(button.dataset.text);
+        await copy(button.dataset.text);
         button.classList.add("prefuse-copied");
-        setTimeout(() => button.classList.remove("prefuse-copied"), 1500);
+        setTimeout(() => button.classList.remove("prefuse-copied"), COPIED_MS);
     }
 
     if (window.prefuseTab) return; // the page was loaded anew
     window.prefuseTab = true;
+    document.addEventListener("pointerover", showHint, true);
+    document.addEventListener("focusin", showHint, true);
     document.addEventListener("keydown", onKey, true);
-    document.addEventListener("click", onClick);
-    setInterval(showHints, 500);
+    document.addEventListener("click", onClick, true);
 })();

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from lib_lora.hosts.host import Picture
     from lib_lora.report import SessionReport
     from lib_lora.ui.jobs import JobState
     from lib_lora.ui.texts import Texts
@@ -61,6 +62,12 @@ def report_lines(report: SessionReport) -> str:
     lines = str(report).splitlines()
     items = "".join(f'<li class="prefuse-{kinds.get(line[:1], "line")}">{escape(line)}</li>' for line in lines)
     return f'<ul class="prefuse-report">{items}</ul>'
+
+
+def picture_report(texts: Texts, seed: int, picture: Picture) -> str:
+    """What the LoRAs of a picture did, and how it can be drawn again."""
+    said = report_lines(picture.report) + copyable(texts, picture.infotext)
+    return f'<section class="prefuse-picture"><h4>{escape(texts("generate.picture", seed=seed))}</h4>{said}</section>'
 
 
 def duration(seconds: float) -> str:

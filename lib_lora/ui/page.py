@@ -13,6 +13,7 @@ import gradio as gr
 from lib_lora.ui.jobs import Jobs, Slot
 from lib_lora.ui.texts import Texts, language_of
 from lib_lora.ui.versions import launch, listen, new_blocks
+from lib_lora.ui.words import PROMPT, told_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from lib_lora.hosts.host import Host
 
 ROOT = Path(__file__).parent.parent.parent
-SCRIPT = ROOT / "javascript" / "prefuse_tab.js"
+SCRIPTS = "prefuse_tab*.js"
 STYLE = ROOT / "style.css"
 TEXT_KINDS = (gr.Button, gr.DownloadButton) if hasattr(gr, "DownloadButton") else (gr.Button,)
 """Components whose words are their value."""
@@ -34,10 +35,11 @@ class Page:
         texts: Words of its language.
     """
 
-    def __init__(self, host: Host, texts: Texts) -> None:
+    def __init__(self, host: Host, texts: Texts, jobs: Jobs | None = None) -> None:
         self.host = host
         self.texts = texts
-        self._jobs = Jobs()
+        self._jobs = jobs or Jobs()
+        self._prompts: list[Any] = []
         self._hints: dict[str, str] = {}
         self._sources: list[tuple[Any, Callable[[], Sequence[str]]]] = []
         self._first: tuple[Callable[[], Any], list[Any]] | None = None
@@ -61,6 +63,8 @@ class Page:
         component.do_not_save_to_config = True  # the WebUI would write every value into its ui-config.json
         if hint := self.texts.hint(said_as or key):
             self._hints[identity] = hint
+        if PROMPT in options.get("elem_classes", ()):
+            self._prompts.append(component)
         return component
 
     def choice(self, key: str, source: Callable[[], Sequence[str]], **options: Any) -> Any:
@@ -94,6 +98,7 @@ class Page:
         sources = [source for _, source in self._sources]
 
         def updates() -> list[Any] | Any:
+            self.host.catalog.refresh()
             found = [gr.update(choices=[*source()]) for source in sources]
             return found if len(found) != 1 else found[0]  # gradio takes a list for the value of a single output
 
@@ -114,26 +119,34 @@ class Page:
         if self._first is not None:
             listen(blocks.load, self._first[0], (), self._first[1])
 
+    def complete_prompts(self) -> None:
+        """Let the page's script have what can be written in tags, as soon as a prompt gets the focus."""
+        known, told = gr.State(""), gr.HTML(elem_id="prefuse-words")
+        for prompt in self._prompts:
+            listen(prompt.focus, told_words(self.host, self.texts), [known], [told, known], quick=True)
+
     def data(self) -> str:
         """Tooltips, for the page's script."""
         return f'<div id="prefuse-hints" hidden data-hints="{escape(json.dumps(self._hints), quote=True)}"></div>'
 
 
-def build(host: Host, language: str) -> gr.Blocks:
+def build(host: Host, language: str, jobs: Jobs | None = None) -> gr.Blocks:
     """The whole page.
 
     Args:
         host: The program around it.
         language: Of its words, or a locale; English if there is no table of it.
+        jobs: Where its long jobs run; None for a queue of its own.
     """
     from lib_lora.ui import generate
 
-    page = Page(host, Texts(language_of(language)))
+    page = Page(host, Texts(language_of(language)), jobs)
     with new_blocks(style()) as blocks, gr.Column(elem_id="prefuse"):
         with gr.Tabs(elem_id="prefuse-tabs"):
             if host.can_draw:
                 generate.build(page)
-        gr.HTML(page.data())
+        gr.HTML(page.data(), elem_id="prefuse-data")
+        page.complete_prompts()
         page.fill(blocks)
     return blocks
 
@@ -159,8 +172,9 @@ def open_page(blocks: gr.Blocks, host: Host, address: str, port: int) -> str:
 
 
 def script() -> str:
-    """The page's script as a function of the browser; the WebUI loads the file itself."""
-    return f"() => {{ {SCRIPT.read_text(encoding='utf-8')} }}"
+    """The page's scripts as a function of the browser; the WebUI loads the files itself."""
+    files = sorted((ROOT / "javascript").glob(SCRIPTS))
+    return "() => {{ {} }}".format("\n".join(file.read_text(encoding="utf-8") for file in files))
 
 
 def style() -> str:

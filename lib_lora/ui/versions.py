@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -65,6 +66,11 @@ def _unannotated(action: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def uploaded(value: Any) -> Path:
+    """The file that an upload brought: gradio 3 gives it as an open one."""
+    return Path(getattr(value, "name", value))
+
+
 def new_blocks(css: str) -> gr.Blocks:
     """An empty page that asks no other computer for anything."""
     # Gradio's own fonts would come from the network.
@@ -95,5 +101,6 @@ def launch(blocks: gr.Blocks, css: str, *, address: str, port: int, folders: Seq
         options |= {**look, "ssr_mode": False, "footer_links": []}
     else:
         options |= {"show_api": False}
-        blocks.queue(api_open=False, concurrency_count=CONCURRENT)
+        queue: dict[str, Any] = {"api_open": False, "concurrency_count": CONCURRENT}
+        blocks.queue(**queue)
     return blocks.launch(**options)[1]

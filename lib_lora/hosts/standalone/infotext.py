@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lib_lora.errors import RequestError
+from lib_lora.prompt.edit import with_block_weights
+from lib_lora.prompt.tags import TAG_PATTERN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from PIL.Image import Image
 
 PNG_KEY = "parameters"
 NEGATIVE = "Negative prompt:"
 FEWEST_PARAMETERS = 3
+AUTOMATIC = "Automatic"
+"""Schedule type of a sampler's own kind."""
 _PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
@@ -69,6 +77,61 @@ def parse_infotext(text: str) -> Infotext:
     negative = "\n".join(lines[start:]).strip().removeprefix(NEGATIVE)
     parameters = {key: unquote(value.strip()) for key, value in found}
     return Infotext("\n".join(lines[:start]).strip(), negative.strip(), parameters)
+
+
+def settings_of(infotext: Infotext) -> dict[str, Any]:
+    """How to draw the picture again, by the names of `GenerateRequest`; what the text does not say is left out.
+
+    Raises:
+        RequestError: If it says nothing but a prompt.
+    """
+    said = infotext.parameters
+    if not said:
+        raise RequestError("There is no infotext: its last line must be as 'Steps: 20, Sampler: Euler a, Seed: 1'.")
+    numbers = {
+        "steps": _number(said.get("Steps")),
+        "seed": _number(said.get("Seed")),
+        "cfg": _number(said.get("CFG scale")),
+    }
+    width, _, height = said.get("Size", "").partition("x")
+    numbers |= {"width": _number(width), "height": _number(height)}
+    schedule = said.get("Schedule type", AUTOMATIC)
+    sampler = " ".join((said.get("Sampler", ""), "" if schedule == AUTOMATIC else schedule)).strip()
+    texts = {"prompt": _resolved(infotext.prompt, said.get("Lora resolved", "")), "negative": infotext.negative}
+    return {**texts, "sampler": sampler, **{name: number for name, number in numbers.items() if number is not None}}
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _resolved(prompt: str, resolved: str) -> str:
+    """The prompt with the block weights that were looked up or drawn for the picture in place of their names."""
+    tags = [match.group() for match in TAG_PATTERN.finditer(resolved)]
+    known = {with_block_weights(tag, ""): tag for tag in tags}
+    return TAG_PATTERN.sub(lambda match: known.get(with_block_weights(match.group(), ""), match.group()), prompt)
+
+
+def png_infotext(path: Path) -> str:
+    """The infotext in a picture's file.
+
+    Raises:
+        RequestError: If it has none, or is no picture.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(PNG_KEY)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise RequestError(f"{path.name} can not be read as a picture: {error}.") from error
+    if not isinstance(text, str) or not text:
+        raise RequestError(f"{path.name} does not say how it was made.")
+    return text
 
 
 def png_bytes(image: Image, infotext: Infotext | None = None) -> bytes:
