@@ -13,7 +13,7 @@ from lib_lora.catalog import LoraCatalog
 from lib_lora.core.saving import save_bytes
 from lib_lora.errors import ModelError
 from lib_lora.hosts.host import Picture
-from lib_lora.hosts.standalone.demo import LORA_DIR
+from lib_lora.hosts.standalone.demo import LORA_DIR, MODEL_DIR
 from lib_lora.hosts.standalone.infotext import png_bytes
 from lib_lora.hosts.standalone.samplers import SAMPLERS
 from lib_lora.presets import PresetFiles
@@ -54,6 +54,8 @@ class StandaloneHost:
         lora_folders: Sequence[Path] = (),
         model_folder: Path = MODELS,
         picture_folder: Path = OUTPUTS,
+        *,
+        index: Path | None = None,
         **options: Any,
     ) -> None:
         """A host; nothing is loaded yet.
@@ -63,6 +65,7 @@ class StandaloneHost:
             lora_folders: By default ``loras``, and the demo's if that is the model.
             model_folder: Its checkpoints and diffusers folders can be chosen too.
             picture_folder: For pictures.
+            index: As of `LoraCatalog`.
             options: As of `open_session`.
 
         Raises:
@@ -70,11 +73,11 @@ class StandaloneHost:
         """
         if model != DEMO and not Path(model).exists():
             raise ModelError(f"There is no model at {model}; give a folder, a file, or the word {DEMO}.")
-        self.catalog = LoraCatalog(found_folders(lora_folders, model))
+        self.catalog = LoraCatalog(found_folders(lora_folders, model), index)
         self.presets = PresetFiles(self.catalog.folders)
         self.model_folder = model_folder.absolute()
         self.picture_folder = picture_folder.absolute()
-        self._given = {DEMO: Path(DEMO)} if model == DEMO else {Path(model).stem: Path(model)}
+        self._given = {DEMO: MODEL_DIR} if model == DEMO else {_model_name(Path(model)): Path(model).absolute()}
         self._options = options
         self._name = next(iter(self._given))
         self._loaded: tuple[LoadedModel, LoraSession] | None = None
@@ -82,9 +85,12 @@ class StandaloneHost:
 
     def models(self) -> Mapping[str, Path]:
         """Name → model, of all that can be chosen."""
-        here = sorted(self.model_folder.glob("*")) if self.model_folder.is_dir() else []
-        found = {_model_name(path): path for path in here if _is_model(path)}
-        return {DEMO: Path(DEMO), **found, **self._given}
+        models = {DEMO: MODEL_DIR, **self._given}
+        for path in sorted(self.model_folder.glob("*")) if self.model_folder.is_dir() else []:
+            if _is_model(path) and path not in models.values():
+                name = _model_name(path)
+                models[f"{path.parent.name}/{path.name}" if name in models else name] = path
+        return models
 
     def model(self) -> str:
         """Name of the model that pictures are made with."""
@@ -101,7 +107,7 @@ class StandaloneHost:
             raise ModelError(f"There is no model {name!r}; there are {', '.join(models)}.")
         with self._lock:
             if name != self._name or self._loaded is None:
-                self._loaded = self._open(str(models[name]))
+                self._loaded = self._open(DEMO if models[name] == MODEL_DIR else str(models[name]))
                 self._name = name
 
     def keymap(self) -> KeyMap | None:
@@ -195,6 +201,7 @@ def open_session(
     loaded = load_pipeline(model, device, dtype, **loading)
     components = pipeline_components(loaded.pipe)
     session = LoraSession(components, catalog, mode=mode, checkpoint=loaded.files or None, presets=presets)
+    session.may_hook = True  # nothing here is compiled
     return loaded, session
 
 

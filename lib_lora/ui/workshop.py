@@ -1,0 +1,198 @@
+"""The sub-tab of jobs on files: a form for each, what it would do, and what came of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from lib_lora.prompt.tags import writable_name
+from lib_lora.ui.markup import copyable, job_status, message
+from lib_lora.ui.outcome import MOST_ROWS, outcome_panel
+from lib_lora.ui.versions import listen
+from lib_lora.ui.words import PROMPT
+from lib_lora.ui.workshop_forms import NONE
+from lib_lora.ui.workshop_jobs import FORMS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lib_lora.core.saving import Progress
+    from lib_lora.tools.outcome import Outcome
+    from lib_lora.ui.jobs import JobState
+    from lib_lora.ui.page import Page
+    from lib_lora.ui.workshop_forms import Field, Form
+
+WIDE = ("tags", "lora", "model")
+"""Kinds of fields that stand above the others, each in a line of its own."""
+READ_PROMPT = """() => {
+    const box = document.querySelector("#prefuse-generate-prompt textarea, #txt2img_prompt textarea");
+    return box ? box.value : "";
+}"""
+"""The prompt of our own page, or of the WebUI's."""
+
+
+def build(page: Page) -> None:
+    """Put the sub-tab on the page that is being made."""
+    with page.sub_tab("tab.workshop"):
+        with gr.Tabs(elem_id="prefuse-workshop"):
+            sheets = [_Sheet(page, form) for form in FORMS]
+        for sheet in sheets:
+            sheet.connect()
+
+
+class _Sheet:
+    """A form on the page."""
+
+    def __init__(self, page: Page, form: Form) -> None:
+        self._page = page
+        self._form = form
+        self._slot = page.slot()
+        self._fields: dict[str, Any] = {}
+        with gr.Tab(page.texts(f"workshop.{form.key}")), gr.Row():
+            with gr.Column():
+                self._ask()
+            with gr.Column():
+                self._answer()
+
+    def _ask(self) -> None:
+        fields = self._form.fields
+        for one in fields:
+            if one.kind in WIDE:
+                self._fields[one.name] = self._field(one)
+            if one.kind == "tags":
+                self._picker(self._fields[one.name])
+        with gr.Row():
+            for one in fields:
+                if one.kind not in WIDE:
+                    self._fields[one.name] = self._field(one)
+        with gr.Row():
+            self._name = self._add(gr.Textbox, "name", max_lines=1, value="")
+            self._replace = self._add(gr.Checkbox, "replace", value=False)
+        self._suggested = gr.State("")
+
+    def _answer(self) -> None:
+        with gr.Row():
+            self._start = self._add(gr.Button, "start", variant="primary", elem_classes=["prefuse-start"])
+            self._preview = self._add(gr.Button, "preview")
+            self._stop = self._add(gr.Button, "stop")
+        self._status = gr.HTML()
+        self._use = self._add(gr.Button, "use", visible=False)
+        self._panel = gr.HTML()
+        self._made = gr.State("")
+
+    def _add(self, kind: Any, name: str, said_as: str = "", **options: Any) -> Any:
+        """A control that other forms have too."""
+        words = f"workshop.{said_as or name}"
+        return self._page.add(kind, f"workshop.{self._form.key}.{name}", said_as=words, **options)
+
+    def _field(self, one: Field) -> Any:
+        is_shown = one.counts({other.name: other.value for other in self._form.fields})
+        options: dict[str, Any] = {"value": one.value, "visible": is_shown}
+        if one.kind in ("lora", "model"):
+            key, words = f"workshop.{self._form.key}.{one.name}", f"workshop.{one.words or one.name}"
+            return self._page.choice(key, lambda: self._choices(one), said_as=words, **options)
+        kind, own = {
+            "tags": (gr.Textbox, {"lines": 3, "elem_classes": [PROMPT]}),
+            "options": (gr.Dropdown, {"choices": [*one.options]}),
+            "whole": (gr.Number, {"precision": 0}),
+            "number": (gr.Number, {}),
+            "tick": (gr.Checkbox, {}),
+            "text": (gr.Textbox, {"max_lines": 1}),
+        }[one.kind]
+        return self._add(kind, one.name, one.words, **own, **options)
+
+    def _choices(self, one: Field) -> list[str]:
+        if one.kind == "lora":
+            return self._page.lora_names()
+        return [*([NONE] if one.value == NONE else []), *self._page.host.models()]
+
+    def _picker(self, tags: Any) -> None:
+        """Writes tags without knowing how they are written."""
+        key = f"workshop.{self._form.key}"
+        with gr.Row():
+            lora = self._page.loras(f"{key}.picked", said_as="workshop.picked")
+            strength = self._add(gr.Number, "strength", value=1)
+        with gr.Row():
+            add = self._add(gr.Button, "add", size="sm")
+            listen(add.click, _with_tag, [tags, lora, strength], [tags])
+            if self._form.key == "merge":
+                bake = self._add(gr.Button, "bake", size="sm")
+                listen(bake.click, None, (), [tags], js=READ_PROMPT)
+
+    def connect(self) -> None:
+        """Say what happens when; after all forms are there, for a result can be chosen in each of them."""
+        fields = [self._fields[one.name] for one in self._form.fields]
+        answers, result = [self._name, self._replace, *fields], [self._status, self._panel, self._use, self._made]
+        for button, action in ((self._start, self._write), (self._preview, self._try)):
+            ended = listen(button.click, action, answers, result)
+            listen(ended.then, self._page.refreshed(), (), self._page.choices)
+        listen(self._stop.click, self._slot.cancel, quick=True)
+        listen(self._use.click, self._use_model, [self._made], [self._status])
+        name = [self._name, self._suggested]
+        sometimes = [self._fields[one.name] for one in self._form.fields if one.when]
+        for field in fields:
+            listen(field.change, self._change, [*name, *fields], [*name, *sometimes], quick=True)
+
+    def _values(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        return {one.name: value for one, value in zip(self._form.fields, values, strict=True)}
+
+    def _change(self, name: str, suggested: str, *values: Any) -> tuple[Any, ...]:
+        """Another name, if the former was not the user's own; and which fields count."""
+        given = self._values(values)
+        new = self._form.suggestion(self._page.host, given)
+        shown = [gr.update(visible=one.counts(given)) for one in self._form.fields if one.when]
+        return (new if name in ("", suggested) else gr.update(), new, *shown)
+
+    def _write(self, *answers: Any) -> Iterator[tuple[Any, ...]]:
+        yield from self._run(*answers, preview=False)
+
+    def _try(self, *answers: Any) -> Iterator[tuple[Any, ...]]:
+        yield from self._run(*answers, preview=True)
+
+    def _run(self, name: str, replace: bool, *values: Any, preview: bool) -> Iterator[tuple[Any, ...]]:
+        host, given = self._page.host, self._values(values)
+
+        def work(progress: Progress) -> Outcome:
+            made = self._form.start(host, given, name, replace=bool(replace), preview=preview, progress=progress)
+            if made.written:
+                host.catalog.refresh()
+            return made
+
+        for state in self._slot.run(work):
+            shown = (gr.update(),) * 3 if state.result is None else self._shown(state.result)
+            if state.phase != "waiting" or not self._slot.count("running"):
+                yield self._told(state), *shown
+
+    def _told(self, state: JobState[Any]) -> str:
+        """How far a job is, and whether others of this form wait for it."""
+        waiting = self._slot.count("waiting") if state.phase == "running" else 0
+        more = self._page.texts("job.queued", count=waiting) if waiting else ""
+        return job_status(self._page.texts, state) + message(more)
+
+    def _shown(self, made: Outcome) -> tuple[Any, ...]:
+        """The panel, the button that uses a model, and its name."""
+        texts, model = self._page.texts, self._model_name(made)
+        tags = "".join(copyable(texts, tag) for tag in self._tags(made)[:MOST_ROWS])
+        return tags + outcome_panel(texts, made), gr.update(visible=bool(model)), model
+
+    def _model_name(self, made: Outcome) -> str:
+        """How the host names a model that was made; ``""`` if there is none."""
+        models = self._page.host.models() if made.written else {}
+        return next((name for name, path in models.items() if path == made.path), "")
+
+    def _tags(self, made: Outcome) -> list[str]:
+        """Of LoRAs that were made, how a prompt names them."""
+        names = [self._page.host.catalog.tag_name(path) for path in made.paths] if made.written else []
+        return [f"<lora:{writable_name(name)}:1>" for name in names if name]
+
+    def _use_model(self, name: str) -> Iterator[Any]:
+        for state in self._slot.run(lambda _: self._page.host.use_model(name)):
+            words = self._page.texts("workshop.used", name=name)
+            yield message(words) if state.phase == "done" else self._told(state)
+
+
+def _with_tag(tags: str, lora: str | None, strength: float | None) -> str:
+    """A prompt with one tag more."""
+    tag = f"<lora:{writable_name(lora)}:{1 if strength is None else strength:g}>" if lora else ""
+    return " ".join(text for text in (str(tags or "").strip(), tag) if text)
