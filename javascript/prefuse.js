@@ -33,9 +33,9 @@
         return [...new Set(entries.flatMap((entry) => entry.refused.map((one) => one.name)))].join(", ");
     }
 
-    // What the mouse over the line says: block weights, why something was refused, and remarks.
+    // What the mouse over the line says: block weights, how a strength moved, why something was refused, and remarks.
     function details(entries) {
-        const more = (lora) => (lora.weights ? [`${lora.name}: ${lora.weights}`] : []);
+        const more = (lora) => [lora.weights, lora.moving].filter(Boolean).map((text) => `${lora.name}: ${text}`);
         const reasons = (entry) => entry.refused.map((one) => one.reason);
         const lines = entries.flatMap((entry) => [...entry.applied.flatMap(more), ...reasons(entry), ...entry.notes]);
         return [...new Set(lines)].join("\n");

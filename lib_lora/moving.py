@@ -95,12 +95,15 @@ def plan_course(loras: Sequence[ResolvedLora], step: int, steps: int, *, fused: 
     return Course(steps, last, ways, moving)
 
 
-def holdable(pairs: Iterable[tuple[LayerRef, WeightAdapter]]) -> frozenset[str]:
-    """Keys of the layers where adapters can be added to the held, rounded sum of others.
+def holdable(pairs: Iterable[tuple[LayerRef, WeightAdapter]]) -> set[str]:
+    """Keys of the layers where all of these adapters can be added to the held, rounded sum of others.
 
     Not where the weights are fp8 or can not be rewritten, and not where a change depends on the weight.
     """
-    return frozenset(layer.key for layer, adapter in pairs if _can_hold(layer, adapter))
+    can = {True: set[str](), False: set[str]()}
+    for layer, adapter in pairs:
+        can[_can_hold(layer, adapter)].add(layer.key)
+    return can[True] - can[False]
 
 
 def _can_hold(layer: LayerRef, adapter: WeightAdapter) -> bool:
@@ -121,11 +124,14 @@ def _choose_ways(futures: Mapping[str, Future], may_hook: bool) -> Ways:
     for future in (future for uid, future in futures.items() if uid not in restless):
         for layer, adapter in future.layers:
             others[layer.key] = others.get(layer.key, 0) + adapter.rank
-    chosen = {uid: _way(future, others, may_hook) for uid, future in restless.items()}
-    held = frozenset(uid for uid, way in chosen.items() if way == "held")
-    pairs = [pair for uid in held for pair in futures[uid].layers]
-    never = {layer.key for layer, adapter in pairs if not _can_hold(layer, adapter)}
-    return Ways(held, holdable(pairs) - never, frozenset(uid for uid, way in chosen.items() if way == "hooked"))
+    places: dict[Way, dict[str, set[str]]] = {"exact": {}, "held": {}, "hooked": {}}
+    for uid, future in restless.items():
+        place = places[_way(future, others, may_hook)]
+        for layer, _ in future.layers:
+            place.setdefault(layer.key, set()).add(uid)
+    can_hold = holdable(pair for future in restless.values() for pair in future.layers)
+    held = {key: frozenset(uids) for key, uids in places["held"].items() if key in can_hold}
+    return Ways(held, {key: frozenset(uids) for key, uids in places["hooked"].items()})
 
 
 def _way(future: Future, others: Mapping[str, int], may_hook: bool) -> Way:
@@ -154,8 +160,9 @@ def _load(layer: LayerRef, adapter: WeightAdapter, others: int) -> Load:
 
 def _clause(future: Future, uid: str, ways: Ways) -> str:
     moves = f"{len(future.moves)} move{'s' * (len(future.moves) != 1)}"
-    if uid in ways.held:
-        return f"{moves}, added to the held sum of the others"
-    if uid in ways.hooked:
-        return f"{moves}, hooked, for it acts in {future.active} steps"
-    return f"{moves}, fused anew"
+    how = {
+        "exact": "fused anew",
+        "held": "added to the held sum of the others",
+        "hooked": f"hooked, for it acts in {future.active} steps",
+    }
+    return f"{moves}, {how[ways.way(uid)]}"

@@ -36,7 +36,8 @@ class Slider:
         if not moving:
             raise UnknownLoraError(f"{name!r} is not active; set it first")
         self.parsed = ParsedPrompt(text, tuple(lora.request for lora in loras))
-        self.ways = Ways(frozenset({moving[0].network.uid}), holdable(moving[0].match.layers))
+        uids = frozenset({moving[0].network.uid})
+        self.ways = Ways(held=dict.fromkeys(holdable(moving[0].match.layers), uids))
 
     def move(self, strength: float) -> list[ResolvedLora]:
         """All LoRAs, this one at another strength.

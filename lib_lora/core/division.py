@@ -57,11 +57,11 @@ def divide(plan: FusePlan, hook: bool, ways: Ways = EXACT) -> Division:
     for key, patch in plan.patches.items():
         writable = patch.layer.is_rewritable
         if writable and not (hook and takes_hooks(patch.layer)):
-            inside, beside = _apart(patch, ways.hooked if takes_hooks(patch.layer) else ())
+            inside, beside = _apart(patch, ways.hooked.get(key, ()) if takes_hooks(patch.layer) else ())
             if beside:
                 hooked[key] = beside
             if inside:
-                fused[key] = _held(inside, ways.held) if key in ways.layers else inside
+                fused[key] = _held(inside, ways.held[key]) if key in ways.held else inside
             continue
         linear, rest = _split(patch)
         if linear:

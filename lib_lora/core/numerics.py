@@ -14,6 +14,7 @@ import torch
 
 from lib_lora.core.adapters import LowRankAdapter, WeightAdapter, is_low_rank
 from lib_lora.core.adapters.base import full_precision, matrix
+from lib_lora.core.adapters.lora import LoraAdapter
 from lib_lora.core.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def _joined(parts: list[Tensor], dim: int, dtype: torch.dtype, device: torch.dev
     # torch converts between fp16 and bf16 one number at a time; by way of float32 it is five times faster
     other_half = {torch.float16: torch.bfloat16, torch.bfloat16: torch.float16}.get(dtype)
     by_way = device.type == "cpu" and any(part.dtype == other_half for part in parts)
+    if len(parts) == 1 and (parts[0].dtype, parts[0].device) == (dtype, device):
+        return parts[0]
     if sum(part.numel() for part in parts) <= SMALL_ELEMENTS:
         small = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
         return (small.float() if by_way else small).to(device, dtype)
@@ -131,6 +134,16 @@ def fuse_layer(
         stacked = stack(low_rank, torch.float32, out.device, workspace) if low_rank else None
         with full_precision(out.device):
             _fuse_by_rows(base, stacked, dense, out, workspace, seed)
+
+
+def prepared(adapter: WeightAdapter, out: Tensor) -> WeightAdapter:
+    """The adapter with factors as `fuse_layer` takes them for `out`: of its device, and not to be converted again."""
+    if not is_low_rank(adapter):
+        return adapter
+    up, down, scale = adapter.factors()
+    dtype = out.dtype if has_native_gemm(out.dtype, out.device.type) else torch.float32
+    up, down = (_joined([part], 0, dtype, out.device, Workspace()) for part in (up, down))
+    return LoraAdapter(up, down, scale)
 
 
 @functools.cache

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from lib_lora.core import numerics
 from lib_lora.core.fingerprint import Change, compare, samples
+from lib_lora.core.held import HeldSums
 from lib_lora.core.layers import LayerRef, is_fp8
 from lib_lora.core.memory import OUT_OF_MEMORY
 from lib_lora.core.patch_state import DIRTY, STATE_ATTRIBUTE, ApplyReport, PatchState
@@ -24,22 +25,10 @@ if TYPE_CHECKING:
 
     from lib_lora.core.base_store import BaseStore
     from lib_lora.core.patch_state import AppliedKey, Rounding
-    from lib_lora.core.plan import Compat, FusePlan, LayerPatch, PatchKey
+    from lib_lora.core.plan import Compat, FusePlan, LayerPatch
 
 WIDE_PEAK = 1e6
 """Taken for max |W0| of types with float32's range, where reading it would tell nothing."""
-
-
-class Held(NamedTuple):
-    """The sum that terms which move are added to.
-
-    Attributes:
-        key: What is in it.
-        weight: Rounded, of the layer's own dtype and shape.
-    """
-
-    key: PatchKey
-    weight: Tensor
 
 
 class ModelPatcher:
@@ -62,7 +51,7 @@ class ModelPatcher:
         known = (getattr(module, STATE_ATTRIBUTE, None) for module in self._components.values())
         self._state = next((state for state in known if isinstance(state, PatchState)), PatchState(store))
         self._workspace = Workspace()
-        self._held: dict[str, Held] = {}
+        self._held = HeldSums()
 
     @property
     def applied_key(self) -> str:
@@ -82,11 +71,11 @@ class ModelPatcher:
     @property
     def held_bytes(self) -> int:
         """Memory of the sums that are kept for a plan that sets some terms apart."""
-        return sum(held.weight.numel() * held.weight.element_size() for held in self._held.values())
+        return self._held.nbytes
 
     def drop_held(self) -> None:
         """Free these sums; a plan that needs one makes it again."""
-        self._held = {}
+        self._held.clear()
 
     def base(self, layer: LayerRef) -> Tensor:
         """The untouched weight of a layer, fused or not; not to be written to."""
@@ -104,7 +93,7 @@ class ModelPatcher:
         Any other exception, a KeyboardInterrupt too, leaves with the base weights back.
         """
         start = time.perf_counter()
-        self._keep_held(plan)
+        self._held.keep(plan)
         if not plan.patches and not self._state.applied:
             return ApplyReport()  # the weights are the base, whoever wrote them
         for module in self._components.values():
@@ -116,7 +105,7 @@ class ModelPatcher:
             leaving = [self._state.layers[key] for key in applied if key not in plan.patches]
             try:
                 self._capture(patch.layer for patch in writes)
-                self._hold(writes)
+                self._held.add(writes, self._sum_up)
                 self._refuse_overflow(writes, plan.compat)
                 self._write(writes, leaving, plan.compat)
             except OUT_OF_MEMORY as error:
@@ -143,7 +132,7 @@ class ModelPatcher:
         """
         start = time.perf_counter()
         with torch.no_grad():
-            self._held = {}
+            self._held.clear()
             notes = self._reconcile()
             leaving = [self._state.layers[key] for key in self._state.applied]
             self._restore(leaving)
@@ -169,24 +158,12 @@ class ModelPatcher:
                 taken.append(layer)
         self._mark(taken)
 
-    def _keep_held(self, plan: FusePlan) -> None:
-        """Free the sums that the plan does not add to."""
-        wanted = {key: patch.held.key for key, patch in plan.patches.items() if patch.held is not None}
-        self._held = {key: held for key, held in self._held.items() if wanted.get(key) == held.key}
-
-    def _hold(self, writes: Sequence[LayerPatch]) -> None:
-        """Compute the sums that terms are added to; where one is in the weight as yet, it is copied."""
-        for patch in writes:
-            key, held = patch.layer.key, patch.held
-            if held is None or key in self._held:
-                continue
-            live = patch.layer.live()
-            weight = torch.empty_like(live)
-            if self._state.applied.get(key) == self._key(held, "exact"):
-                weight.copy_(live)
-            else:
-                self._fuse(held, weight, "exact")
-            self._held[key] = Held(held.key, weight)
+    def _sum_up(self, held: LayerPatch, out: Tensor) -> None:
+        """Write the sum of LoRAs that stay; where it is in the weight as yet, that is copied."""
+        if self._state.applied.get(held.layer.key) == self._key(held, "exact"):
+            out.copy_(held.layer.live())
+        else:
+            self._fuse(held, out, "exact")
 
     def _write(self, writes: Sequence[LayerPatch], leaving: Sequence[LayerRef], compat: Compat) -> None:
         self._restore(leaving)
@@ -202,32 +179,29 @@ class ModelPatcher:
     def _fuse(self, patch: LayerPatch, out: Tensor, compat: Compat) -> None:
         """One layer; on a device without memory for it, through the host's."""
         try:
-            self._kernel(self._start(patch, out), patch, out, compat)
+            self._kernel(patch, out, compat)
         except OUT_OF_MEMORY:
             self._workspace = Workspace()
             if out.device.type == "cuda":
                 torch.cuda.empty_cache()
             host = torch.empty_like(out, device="cpu")
-            self._kernel(self._start(patch, host), patch, host, compat)
+            self._kernel(patch, host, compat)
             out.copy_(host)
-
-    def _start(self, patch: LayerPatch, like: Tensor) -> Tensor:
-        """What a patch's terms are added to: the base weight, or the sum that is held; on the device of `like`."""
-        if patch.held is None:
-            return self._base(patch.layer, like)
-        return self._held[patch.layer.key].weight.to(like.device)
 
     def _base(self, layer: LayerRef, like: Tensor) -> Tensor:
         """What is added to: the untouched weight, or the wider master of one in fp8; on the device of `like`."""
         master = layer.master()
         return self._state.store.get(layer, like) if master is None else master.to(like.device)
 
-    def _kernel(self, base: Tensor, patch: LayerPatch, out: Tensor, compat: Compat) -> None:
-        if compat == "a1111":
-            fuse_layer_a1111(base, patch.terms, out, patch.layer)
+    def _kernel(self, patch: LayerPatch, out: Tensor, compat: Compat) -> None:
+        if patch.held is not None:
+            start, terms = self._held.start(patch, out), self._held.terms(patch, out)
+            numerics.fuse_layer(start, terms, out, self._workspace)
+        elif compat == "a1111":
+            fuse_layer_a1111(self._base(patch.layer, out), patch.terms, out, patch.layer)
         else:
             seed = patch.seed if self._rounding(patch.layer) == "stochastic" else None
-            numerics.fuse_layer(base, patch.terms, out, self._workspace, seed)
+            numerics.fuse_layer(self._base(patch.layer, out), patch.terms, out, self._workspace, seed)
 
     def _rounding(self, layer: LayerRef) -> Rounding:
         stochastic = self._fp8_rounding == "stochastic" and is_fp8(layer.weight().dtype)
@@ -237,7 +211,7 @@ class ModelPatcher:
         return compat, self._rounding(patch.layer), patch.key
 
     def _back_to_base(self) -> None:
-        self._held = {}
+        self._held.clear()
         self._restore(list(self._state.layers.values()))
 
     def _restore(self, layers: Sequence[LayerRef]) -> None:
@@ -305,7 +279,7 @@ class ModelPatcher:
             self._forget(layer.key)
         for layer in changes[Change.CONVERTED]:
             state.peaks.pop(layer.key, None)
-            self._held.pop(layer.key, None)
+            self._held.forget(layer.key)
             if layer.key in state.applied:
                 state.applied[layer.key] = DIRTY
         return (f"{len(replaced)} layers hold new base weights",) if replaced else ()
@@ -322,7 +296,7 @@ class ModelPatcher:
 
     def _forget(self, key: str) -> None:
         state = self._state
-        self._held.pop(key, None)
+        self._held.forget(key)
         state.store.forget(key)
         state.layers.pop(key, None)
         state.applied.pop(key, None)

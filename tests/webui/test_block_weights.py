@@ -51,7 +51,9 @@ def test_the_page_and_the_api_tell_the_weights_and_what_is_refused(webui):
     done = webui.generate("a cat <lora:ink:0.8:lbw=IND><lora:wash:1:lbw=NOPE>")
     (entry,) = list.copy(done.extra_generation_params["Prefuse"])
     weights = "lbw=1,0,0,0,1,1,1,0,0,0,0,0,0,0,0,0,0"
-    assert entry["applied"] == [{"name": "ink", "te": 0.8, "unet": 0.8, "weights": weights, "schedule": ""}]
+    assert entry["applied"] == [
+        {"name": "ink", "te": 0.8, "unet": 0.8, "weights": weights, "schedule": "", "moving": ""}
+    ]
     assert "lbw names no preset 'NOPE'" in entry["refused"][0]["reason"]
     endpoint, _ = webui.app.routes["/prefuse/v1/state"]
     assert [lora.weights for lora in endpoint().applied] == [weights]

@@ -11,6 +11,7 @@ from lib_lora.errors import FuseMemoryError
 from lib_lora.session import LoraSession
 
 STEPS = 5
+PICTURE_ERROR = 1e-4  # of outputs of order 1 in float32, whose weights were rounded twice or not changed at all
 
 
 def generation(webui, prompt, **options):
@@ -128,6 +129,31 @@ def test_a_curve_of_the_text_encoder_and_a_late_start_are_told(webui):
         ("1:start=2", "text encoder part is too"),
     ):
         assert said in webui.generate(f"a cat <lora:ink:{arguments}>").comments
+
+
+@pytest.mark.parametrize("way", ["held", "hooked"])
+def test_a_curve_beside_another_lora_is_near_the_weights_of_a_set_and_its_way_is_told(webui, monkeypatch, way):
+    asked = []
+    monkeypatch.setattr("lib_lora.moving.choose", lambda movement, _: asked.append(movement.can_hook) or way)
+    p = generation(webui, "a cat <lora:wash:0.5><lora:ink:0.5:unet=0.25@0,1.25@1>")
+    webui.modules.processing.process_images(p)
+    entry = list.copy(p.extra_generation_params["Prefuse"])[0]
+    said = {"held": "added to the held sum of the others", "hooked": "hooked, for it acts in 4 steps"}[way]
+    assert [lora["moving"] for lora in entry["applied"]] == ["", f"4 moves, {said}"]
+    assert asked == [True]
+    by_hand = [steps_of(webui, f"a cat <lora:wash:0.5><lora:ink:0.5:{0.25 + step / 4}>") for step in range(STEPS)]
+    assert asked == [True]
+    assert torch.equal(p.steps_seen[0], by_hand[0][0])
+    for step, seen in enumerate(p.steps_seen):
+        torch.testing.assert_close(seen, by_hand[step][0], atol=PICTURE_ERROR, rtol=0)
+
+
+def test_with_lowvram_nothing_is_hooked(webui, monkeypatch):
+    asked = []
+    monkeypatch.setattr(type(webui.model), "lowvram", True)
+    monkeypatch.setattr("lib_lora.moving.choose", lambda movement, _: asked.append(movement.can_hook) or "exact")
+    steps_of(webui, "a cat <lora:wash:0.5><lora:ink:0@0,1@1>")
+    assert asked == [False]
 
 
 def test_a_fault_while_strengths_move_leaves_the_base_and_is_told(webui, expected, monkeypatch):

@@ -80,11 +80,15 @@ class ActiveLoras:
         with ExitStack() as without_autocast:
             _leave_autocast(without_autocast)
             _, error = attempt("moving strengths", lambda: session.advance(step, steps))
-        before, self.report = self.report, replace(session.report, notes=self.report.notes)
+        before, notes = self.report, tuple(dict.fromkeys((*self.report.notes, *session.report.notes)))
+        self.report = replace(session.report, notes=notes)
         if error is not None:
             self.report = _all_refused(self._request or ParsedPrompt(""), error)
-        if p is not None and len(self.report.refused) > len(before.refused):
+        if p is None:
+            return
+        if len(self.report.refused) > len(before.refused) or notes != before.notes:
             self._tell(p)
+        if self.report.refused != before.refused or self.report.applied != before.applied:
             write_status(p, self.report, "hires" if getattr(p, "is_hr_pass", False) else "first")
 
     def cond_state(self, p: Any) -> tuple[Any, ...]:
@@ -170,7 +174,8 @@ def _set_up(session: LoraSession, sd_model: Any, settings: Settings) -> tuple[st
     session.compat = settings.compat
     session.cache_bytes = settings.cache_bytes
     # Parts of the model move between memory and device right before their forwards; hooks' tensors would not.
-    moves = settings.mode == "hook" and getattr(sd_model, "lowvram", False)
+    session.may_hook = not getattr(sd_model, "lowvram", False)
+    moves = settings.mode == "hook" and not session.may_hook
     session.mode = "prefuse" if moves else settings.mode
     return ("--medvram and --lowvram move the model's parts, so LoRAs are fused, not hooked",) if moves else ()
 

@@ -33,6 +33,7 @@ class Applied(BaseModel):
     unet: float
     weights: str = ""
     schedule: str = ""
+    moving: str = ""
     layers: int
     rank: int
     algorithm: str
@@ -219,6 +220,7 @@ def _report(report: SessionReport) -> dict[str, Any]:
                 unet=lora.unet,
                 weights=lora.weights,
                 schedule=lora.schedule,
+                moving=lora.moving,
                 layers=lora.layers,
                 rank=lora.rank,
                 algorithm=lora.algorithm,

@@ -80,7 +80,7 @@ def _status(report: SessionReport, part: str) -> dict[str, Any]:
     return {
         "pass": part,
         "applied": [
-            {key: getattr(lora, key) for key in ("name", "te", "unet", "weights", "schedule")}
+            {key: getattr(lora, key) for key in ("name", "te", "unet", "weights", "schedule", "moving")}
             for lora in report.applied
         ],
         "refused": [{"name": refused.name, "reason": refused.reason} for refused in report.refused],
