@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from io import BytesIO
+from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -14,11 +16,15 @@ import pytest
 from PIL import Image, ImageColor
 
 from lib_lora.prompt.block_names import LISTS
+from lib_lora.tools.inspect import inspect_file
 from lib_lora.tools.plots.bars import MOST_TAGS, draw_changes, draw_tags
+from lib_lora.tools.plots.file import draw_file
 from lib_lora.tools.plots.heat import draw_heat
 from lib_lora.tools.plots.style import COLOURS, INK, OTHER_COLOUR, WIDTH, width_of
 from lib_lora.tools.plots.weights import draw_weights, weights_svg
+from lib_lora.tools.plots.words import Words
 
+GOLDEN = Path(__file__).parents[1] / "golden/sd1"
 SVG = "{http://www.w3.org/2000/svg}"
 PARTS = {"svg", "g", "title", "path", "text"}
 PAGES = ("#ffffff", "#0b0f19", "#1f2937")
@@ -186,6 +192,21 @@ def test_several_threads_draw_at_once():
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda weights: weights_svg(LISTS[26], weights, {"M00": 1.0}), jobs)) == alone
         assert list(pool.map(lambda weights: draw_weights(LISTS[26], weights, {"M00": 1.0}).svg(), jobs)) == alone
+
+
+def test_every_text_of_a_plot_can_be_another_languages():
+    words = Words(**dict.fromkeys((field.name for field in fields(Words)), "权重 {{}}"))
+    found = inspect_file(GOLDEN / "lora_A.safetensors")
+    plots = [
+        draw_weights(LISTS[12], [1.0] * 12, {"M00": 1.0}, words=words),
+        draw_heat({("IN01", "ff"): 1.0}, ["IN01"], ["ff"], words=words),
+        draw_tags({"tag": 1}, words=words),
+        draw_file(found, words),
+    ]
+    for plot in plots:
+        svg = plot.svg()
+        assert "权重" in parsed(svg).attrib["aria-label"]
+        assert not [text for text in texts(svg) if re.search("[a-z]{4}", text) and "lora_A" not in text]
 
 
 def test_a_field_is_as_strong_as_the_root_of_its_share():

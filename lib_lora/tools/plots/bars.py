@@ -17,6 +17,7 @@ from lib_lora.tools.plots.style import (
     new_plot,
     width_of,
 )
+from lib_lora.tools.plots.words import ENGLISH, Words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,12 +31,13 @@ CHANGES_HEIGHT = 230
 CHANGES_EDGES = Edges(left=46, top=32, bottom=52)
 
 
-def draw_tags(counts: Mapping[str, int], width: float = WIDTH) -> Plot:
+def draw_tags(counts: Mapping[str, int], width: float = WIDTH, words: Words = ENGLISH) -> Plot:
     """The tags that occur most, the most first.
 
     Args:
         counts: Tag → how often, at least one.
         width: In pixels.
+        words: Texts of the plot.
 
     Raises:
         JobError: If matplotlib is not installed.
@@ -44,9 +46,9 @@ def draw_tags(counts: Mapping[str, int], width: float = WIDTH) -> Plot:
     names = [fit(tag, SMALL, WIDEST_TAG) for tag, _ in top]
     left = 10 + max(width_of(name, SMALL) for name in names)
     right = 12 + max(width_of(f"{count}", SMALL) for _, count in top)
-    plot = new_plot("how often tags occur in the training", width, TOP + 10 + ROW * len(top))
-    rest = f"{len(top)} of {len(counts)} tags" if len(counts) > len(top) else f"{len(top)} tags"
-    axes = add_axes(plot, Edges(left, right, TOP, 10), f"Tags of the training pictures ({rest})", grid="")
+    title = words.tags.format(shown=len(top), all=len(counts))
+    plot = new_plot(title, width, TOP + 10 + ROW * len(top))
+    axes = add_axes(plot, Edges(left, right, TOP, 10), title, grid="")
     bars = axes.barh(range(len(top)), [count for _, count in top], 0.7, color=BAR_COLOUR, linewidth=0)
     for bar, (tag, count) in zip(bars, top, strict=True):
         bar.set_gid(f"{tag}: {count}")

@@ -22,6 +22,7 @@ from lib_lora.tools.plots.style import (
     percent,
     write,
 )
+from lib_lora.tools.plots.words import ENGLISH, Words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,8 +54,12 @@ def save_plot(found: Inspection, path: Path, *, overwrite: bool = False) -> None
     draw_file(found).save(path, overwrite=overwrite)
 
 
-def draw_file(found: Inspection) -> Plot:
+def draw_file(found: Inspection, words: Words = ENGLISH) -> Plot:
     """Norms and ranks of its blocks.
+
+    Args:
+        found: What was found in a LoRA file.
+        words: Texts of the plot.
 
     Raises:
         JobError: If the file is no LoRA, or matplotlib is not installed.
@@ -65,13 +70,13 @@ def draw_file(found: Inspection) -> Plot:
     blocks = sorted({layer.block for layer in found.layers}, key=_place)
     width = max(WIDTH, UPPER.left + UPPER.right + NARROWEST_BAR * len(blocks))
     name = found.path.replace("\\", "/").rpartition("/")[2]
-    plot = new_plot(f"norms and ranks of the blocks of {name}", width, HEIGHT)
+    plot = new_plot(words.file.format(name=name), width, HEIGHT)
     pitch = (width - UPPER.left - UPPER.right) / len(blocks)
-    upper = _draw_norms(plot, found, blocks, pitch)
+    upper = _draw_norms(plot, found, blocks, pitch, words)
     top = HEIGHT - UPPER.bottom - UPPER.top
     write(upper, 4 - UPPER.left, top + 56, name, size=TITLE, most=width - 8, weight="bold")
-    write(upper, 4 - UPPER.left, top + 37, _facts(found), size=LETTERS, most=width - 8)
-    _draw_ranks(plot, found, blocks, pitch)
+    write(upper, 4 - UPPER.left, top + 37, _facts(found, words), size=LETTERS, most=width - 8)
+    _draw_ranks(plot, found, blocks, pitch, words)
     return plot
 
 
@@ -80,30 +85,30 @@ def _place(block: str) -> tuple[int, str]:
     return (ORDER.index(block) if block in ORDER else len(ORDER)), block
 
 
-def _facts(found: Inspection) -> str:
+def _facts(found: Inspection, words: Words) -> str:
     norms = [layer.norm for layer in found.layers if layer.norm is not None]
     kinds = Counter(layer.algorithm for layer in found.layers)
     algorithms = ", ".join(f"{kind} ({count})" if len(kinds) > 1 else kind for kind, count in kinds.items())
     missing = len(found.layers) - len(norms)
-    whole = f"‖ΔW‖ = {math.hypot(*norms):.3g}" if norms else "norms need the model"
-    unknown = f" without {missing} layers that need the model" if norms and missing else ""
-    model = found.base_model or "unknown model"
-    return f"{model} · {algorithms} · {len(found.layers)} layers · {whole}{unknown}"
+    whole = f"‖ΔW‖ = {math.hypot(*norms):.3g}" if norms else words.need_model
+    unknown = f" {words.without.format(count=missing)}" if norms and missing else ""
+    layers = words.layers.format(count=len(found.layers))
+    return f"{found.base_model or words.unknown_model} · {algorithms} · {layers} · {whole}{unknown}"
 
 
-def _draw_norms(plot: Plot, found: Inspection, blocks: Sequence[str], pitch: float) -> Any:
+def _draw_norms(plot: Plot, found: Inspection, blocks: Sequence[str], pitch: float, words: Words) -> Any:
     norms, shares = found.block_norms(), found.block_shares()
-    axes = add_axes(plot, UPPER, "‖ΔW‖ of each block at strength 1, and its share of ‖ΔW‖²")
+    axes = add_axes(plot, UPPER, words.norms)
     texts = [percent(shares[block]) if block in norms else "?" for block in blocks]
     add_bars(axes, blocks, [norms.get(block, 0.0) for block in blocks], texts, pitch)
     axes.set_xticks([])
     return axes
 
 
-def _draw_ranks(plot: Plot, found: Inspection, blocks: Sequence[str], pitch: float) -> None:
+def _draw_ranks(plot: Plot, found: Inspection, blocks: Sequence[str], pitch: float, words: Words) -> None:
     counts = Counter((layer.block, layer.rank) for layer in found.layers)
     most = max(counts.values())
-    axes = add_axes(plot, LOWER, f"Ranks; a dot's area is the number of layers, at most {most}")
+    axes = add_axes(plot, LOWER, words.ranks.format(most=most))
     for (block, rank), count in counts.items():
         dot = axes.scatter(blocks.index(block), rank, max(8.0, LARGEST_DOT * count / most), colour_of(block))
         dot.set(linewidth=0, gid=f"{block}: {count} of rank {rank}")

@@ -22,6 +22,7 @@ from lib_lora.tools.plots.style import (
     width_of,
     write,
 )
+from lib_lora.tools.plots.words import ENGLISH, Words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,7 +36,11 @@ TOP, BOTTOM, RIGHT = 32.0, 52.0, 44.0
 
 
 def draw_heat(
-    shares: Mapping[tuple[str, str], float], blocks: Sequence[str], elements: Sequence[str], width: float = WIDTH
+    shares: Mapping[tuple[str, str], float],
+    blocks: Sequence[str],
+    elements: Sequence[str],
+    width: float = WIDTH,
+    words: Words = ENGLISH,
 ) -> Plot:
     """A field for each block's element, its colour as strong as the root of its share.
 
@@ -43,16 +48,18 @@ def draw_heat(
         shares: (block, element) → part of the whole change; what is not there has none.
         blocks: The columns, at least one.
         elements: The rows, at least one.
-        width: In pixels, at least.
+        width: In pixels.
+        words: Texts of the plot.
 
     Raises:
         JobError: If matplotlib is not installed.
     """
     left = 10 + min(WIDEST_NAME, max(width_of(element, SMALL) for element in elements))
     most = max(shares.values(), default=0.0)
-    plot = new_plot("share of each element of each block", width, TOP + BOTTOM + ROW * len(elements))
+    title = words.heat.format(most=f"{100 * most:.2g}%")
+    plot = new_plot(title, width, TOP + BOTTOM + ROW * len(elements))
     edges = Edges(left, RIGHT, TOP, BOTTOM)
-    axes = add_axes(plot, edges, f"Share of ‖ΔW‖² by block and element; full colour is {100 * most:.2g}%", grid="")
+    axes = add_axes(plot, edges, title, grid="")
     axes.set_ylim(len(elements) - 0.5, -0.5)
     axes.set_yticks(range(len(elements)), [fit(element, SMALL, WIDEST_NAME) for element in elements])
     name_blocks(axes, blocks, (width - left - RIGHT) / len(blocks))

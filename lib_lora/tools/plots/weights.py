@@ -20,6 +20,7 @@ from lib_lora.tools.plots.style import (
     percent,
     write,
 )
+from lib_lora.tools.plots.words import ENGLISH, Words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,7 +32,6 @@ LIMIT_STEP = 0.5
 MOST_TICKS = 6
 HEADROOM = 0.04
 """Of the axis, beyond its ends: the line is not cut there."""
-LABEL = "weight per block, over the LoRA's share per block"
 KEPT_BACKGROUNDS = 32
 
 
@@ -43,12 +43,14 @@ class _Scene(NamedTuple):
         shares: As many, or none.
         limits: Of the weights' axis.
         width: In pixels.
+        words: Texts.
     """
 
     blocks: tuple[str, ...]
     shares: tuple[float, ...]
     limits: tuple[float, float]
     width: float
+    words: Words
 
 
 class _Background(NamedTuple):
@@ -59,7 +61,11 @@ class _Background(NamedTuple):
 
 
 def draw_weights(
-    blocks: Sequence[str], weights: Sequence[float], shares: Mapping[str, float] | None = None, width: float = WIDTH
+    blocks: Sequence[str],
+    weights: Sequence[float],
+    shares: Mapping[str, float] | None = None,
+    width: float = WIDTH,
+    words: Words = ENGLISH,
 ) -> Plot:
     """A line of weights over bars of shares.
 
@@ -68,40 +74,47 @@ def draw_weights(
         weights: As many, finite.
         shares: Block → part of the LoRA's whole change; None to draw the line alone.
         width: In pixels.
+        words: Texts of the plot.
 
     Raises:
         JobError: If matplotlib is not installed.
     """
-    plot, axes = _draw(_scene(blocks, weights, shares, width))
+    plot, axes = _draw(_scene(blocks, weights, shares, width, words))
     axes.add_line(_line(weights))
     return plot
 
 
 def weights_svg(
-    blocks: Sequence[str], weights: Sequence[float], shares: Mapping[str, float] | None = None, width: float = WIDTH
+    blocks: Sequence[str],
+    weights: Sequence[float],
+    shares: Mapping[str, float] | None = None,
+    width: float = WIDTH,
+    words: Words = ENGLISH,
 ) -> str:
     """`draw_weights` as SVG, in a millisecond: what is under the line is drawn once and kept.
 
     Raises:
         JobError: If matplotlib is not installed.
     """
-    background = _background(scene := _scene(blocks, weights, shares, width))
+    background = _background(scene := _scene(blocks, weights, shares, width, words))
 
     from lib_lora.tools.plots.renderers import SvgRenderer
 
     renderer = SvgRenderer(scene.width, HEIGHT)
     renderer.elements += background.elements
     _line(weights, transform=background.transform).draw(renderer)
-    return renderer.document(LABEL)
+    return renderer.document(words.weights)
 
 
-def _scene(blocks: Sequence[str], weights: Sequence[float], shares: Mapping[str, float] | None, width: float) -> _Scene:
+def _scene(
+    blocks: Sequence[str], weights: Sequence[float], shares: Mapping[str, float] | None, width: float, words: Words
+) -> _Scene:
     lowest, highest = (
         round_to(end / LIMIT_STEP) * LIMIT_STEP
         for round_to, end in ((math.floor, min(0.0, *weights)), (math.ceil, max(1.0, *weights)))
     )
     heights = () if shares is None else tuple(shares.get(block, 0.0) for block in blocks)
-    return _Scene(tuple(blocks), heights, (lowest, highest), width)
+    return _Scene(tuple(blocks), heights, (lowest, highest), width, words)
 
 
 @lru_cache(KEPT_BACKGROUNDS)
@@ -115,7 +128,7 @@ def _background(scene: _Scene) -> _Background:
 
 
 def _draw(scene: _Scene) -> tuple[Plot, Any]:
-    plot = new_plot(LABEL, scene.width, HEIGHT)
+    plot = new_plot(scene.words.weights, scene.width, HEIGHT)
     axes = add_axes(plot, EDGES)
     lowest, highest = scene.limits
     beyond = HEADROOM * (highest - lowest)
@@ -127,7 +140,7 @@ def _draw(scene: _Scene) -> tuple[Plot, Any]:
     name_blocks(axes, scene.blocks, (scene.width - EDGES.left - EDGES.right) / len(scene.blocks))
     axes.axhline(0, color=INK, alpha=0.5, linewidth=1)
     top = HEIGHT - EDGES.top - EDGES.bottom + 10
-    write(axes, 4 - EDGES.left, top, "weight", size=LETTERS, weight="bold")
+    write(axes, 4 - EDGES.left, top, scene.words.weight, size=LETTERS, weight="bold")
     if any(scene.shares):
         _draw_shares(axes, scene)
     return plot, axes
@@ -146,7 +159,7 @@ def _draw_shares(axes: Any, scene: _Scene) -> None:
     for part in (0.5, 1.0):
         y = (part + HEADROOM) / (1 + 2 * HEADROOM) * height
         write(axes, width + 4, y, percent(part * most), size=SMALL, va="center_baseline")
-    write(axes, width + EDGES.right - 4, height + 10, "share of ‖ΔW‖²", size=LETTERS, ha="right", weight="bold")
+    write(axes, width + EDGES.right - 4, height + 10, scene.words.share, size=LETTERS, ha="right", weight="bold")
 
 
 def _line(weights: Sequence[float], **place: Any) -> Any:
