@@ -14,7 +14,7 @@ from PIL import Image
 from lib_lora.errors import JobError
 from lib_lora.prompt.block_names import LISTS
 from lib_lora.prompt.tags import parse_prompt
-from lib_lora.tools.analyse_pictures import analyse_pictures
+from lib_lora.tools.analyse_pictures import analyse_pictures, compare_pair
 from lib_lora.tools.grid import GAP, ROW_LABEL_WIDTH, in_cell
 
 PROMPT = "a cat <lora:other:0.5> <lora:style:0.8:lbw=OUTALL:start=2:in=0.5> in a hat"
@@ -143,6 +143,19 @@ def test_the_grid_shows_every_picture_beside_its_difference():
     assert last[24, 4 * 3 + 2].tolist() == [140, 100, 100]
     assert last[24, 48 + GAP + 4 * 3 + 2].tolist() == [255, 255, 255]
     assert last[24, 48 + GAP + 4 * 8].tolist() == [0, 0, 0]
+
+
+def test_two_pictures_are_compared_by_the_same_numbers():
+    before, after = (np.full((4, 6, 3), 90, np.uint8) for _ in range(2))
+    after[1, 2] = (90, 110, 85)
+    change, brighter = compare_pair("b", Image.fromarray(before), Image.fromarray(after))
+    difference = after.astype(float) - before
+    assert change.rms == pytest.approx(np.sqrt(np.mean(difference**2)))
+    assert change.differing == pytest.approx(1 / 24)
+    assert brighter == pytest.approx(255 / 20)
+    assert np.asarray(change.difference)[1, 2] == 255
+    with pytest.raises(JobError, match="differ in size"):
+        compare_pair("b", Image.new("RGB", (2, 2)), Image.new("RGB", (2, 3)))
 
 
 @pytest.mark.parametrize("size", [(300, 100), (10, 40), (1, 1), (64, 64)])
