@@ -2,6 +2,7 @@
 
 (function() {
     const COPIED_MS = 1500;
+    const BAKE_TRIES = 50;
     let hints = null;
 
     function readHints() {
@@ -54,8 +55,26 @@
         setTimeout(() => button.classList.remove("prefuse-copied"), COPIED_MS);
     }
 
+    function openTab(scope, title) {
+        const tabs = [...document.querySelectorAll(`${scope} button`)].filter((one) => !one.closest("[aria-hidden=true]"));
+        const tab = tabs.find((one) => one.textContent.trim() === title);
+        if (tab) tab.click();
+    }
+
+    // Newer gradios make what is on a tab when it is opened.
+    async function bake(workshop, merge) {
+        openTab("#prefuse-tabs", workshop);
+        for (let tries = 0; tries < BAKE_TRIES; tries++) {
+            openTab("#prefuse-workshop", merge);
+            const button = document.getElementById("prefuse-workshop-merge-bake");
+            if (button && button.offsetParent) return button.click();
+            await new Promise((done) => setTimeout(done, 100));
+        }
+    }
+
     if (window.prefuseTab) return; // the page was loaded anew
     window.prefuseTab = true;
+    window.prefuseBake = bake;
     document.addEventListener("pointerover", showHint, true);
     document.addEventListener("focusin", showHint, true);
     document.addEventListener("keydown", onKey, true);

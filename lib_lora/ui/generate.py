@@ -14,6 +14,7 @@ from lib_lora.hosts.standalone.infotext import parse_infotext, png_infotext, set
 from lib_lora.ui.markup import job_status, message, picture_report
 from lib_lora.ui.versions import listen, uploaded
 from lib_lora.ui.words import PROMPT
+from lib_lora.ui.workshop import bake_script
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +48,8 @@ def build(page: Page) -> None:
                 with gr.Row():
                     read = page.add(gr.Button, "generate.read", size="sm", min_width=70)
                     drop = page.add(gr.UploadButton, "generate.read_file", size="sm", min_width=70, file_types=[".png"])
+                bake = page.add(gr.Button, "generate.bake", size="sm")
+                listen(bake.click, None, js=bake_script(page.texts))
         with gr.Row(elem_classes=["prefuse-sides"]):
             with gr.Column(min_width=280):
                 controls = {"prompt": prompt, "negative": negative, **_settings(page)}
@@ -54,7 +57,7 @@ def build(page: Page) -> None:
                 status = gr.HTML(elem_id="prefuse-generate-status")
                 gallery = page.add(gr.Gallery, "generate.gallery", columns=2, object_fit="contain", height="auto")
                 report = gr.HTML(elem_id="prefuse-generate-report")
-    last = gr.State(RANDOM)
+        last = gr.State(RANDOM)
     _drawing(page, controls, (start, stop), [status, gallery, report, last])
     _reading(page, controls, (read, drop), status)
     listen(controls["last"].click, lambda seed: seed, [last], [controls["seed"]], quick=True)

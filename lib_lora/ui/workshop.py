@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lib_lora.tools.outcome import Outcome
     from lib_lora.ui.jobs import JobState
     from lib_lora.ui.page import Page
+    from lib_lora.ui.texts import Texts
     from lib_lora.ui.workshop_forms import Field, Form
 
 WIDE = ("tags", "lora", "model")
@@ -39,6 +41,12 @@ def build(page: Page) -> None:
             sheets = [_Sheet(page, form) for form in FORMS]
         for sheet in sheets:
             sheet.connect()
+
+
+def bake_script(texts: Texts) -> str:
+    """A function of the browser that opens the form for merging with the current prompt."""
+    titles = ", ".join(json.dumps(texts(key)) for key in ("tab.workshop", "workshop.merge"))
+    return f"() => window.prefuseBake({titles})"
 
 
 class _Sheet:
