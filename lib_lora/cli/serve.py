@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import locale
 import os
+import signal
 import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 ADDRESS = "127.0.0.1"
 PORT = 7870
+INDEX = "loras.sqlite"
+"""What is known of LoRA files, so that a restart reads none again."""
+END_SECONDS = 2.0
+"""For what runs to remove its temporary files; those of what does not end in time are removed by a later start."""
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "MPLBACKEND": "Agg"}
 
 
@@ -42,22 +46,30 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
         from lib_lora.ui.page import build, open_page
     except ImportError as error:
         raise JobError(f"the page needs gradio ({error}); install it with: pip install gradio") from error
+    from lib_lora.hosts.standalone.cache import cache_file
     from lib_lora.hosts.standalone.host import StandaloneHost
-    from lib_lora.ui.texts import language_of
+    from lib_lora.ui.jobs import Jobs
 
-    named = {"device": arguments.device, "dtype": arguments.dtype, "mode": arguments.mode}
+    named = {"index": cache_file(INDEX), "device": arguments.device, "dtype": arguments.dtype, "mode": arguments.mode}
     loras = arguments.lora_dir or ()
     host = StandaloneHost(arguments.model, loras, arguments.model_dir, arguments.out_dir, **named)
-    language = language_of(arguments.language or locale.getlocale()[0] or "")
-    blocks = build(host, language)
+    jobs = Jobs()
+    blocks = build(host, arguments.language or locale.getlocale()[0] or "", jobs)
     try:
         address = open_page(blocks, host, arguments.address, arguments.port)
-    except OSError as error:
-        raise JobError(
-            f"the page can not be served at port {arguments.port}: {error}; choose another --port"
-        ) from error
+    except (OSError, OverflowError) as error:
+        where = f"{arguments.address}, port {arguments.port}"
+        raise JobError(f"the page can not be served at {where}: {error}; choose another --port") from error
     print(f"Prefuse is at {address} (Ctrl+C ends it)", flush=True)
-    with suppress(KeyboardInterrupt):
-        threading.Event().wait()
-    blocks.close(verbose=False)
-    host.close()
+    _wait_for_the_end()
+    jobs.close(END_SECONDS)
+
+
+def _wait_for_the_end() -> None:
+    """Until Ctrl+C or a request to end; a second Ctrl+C does not wait for anything."""
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    while not ended.wait(1):  # in slices: Windows notices Ctrl+C between them alone
+        pass
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -59,7 +59,7 @@ class Jobs:
 
     def __init__(self) -> None:
         self._waiting: deque[Job[Any]] = deque()
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
 
     def start(self, work: Callable[[Progress], T]) -> Job[T]:
         """Begin a job, or let it wait until those before have ended.
@@ -87,6 +87,17 @@ class Jobs:
             with self._changed:
                 self._waiting.remove(job)
                 self._changed.notify_all()
+
+    def close(self, seconds: float) -> None:
+        """Cancel all jobs and let them remove what they have begun to write.
+
+        Args:
+            seconds: How long to wait for that at most.
+        """
+        with self._changed:
+            for job in self._waiting:
+                job.cancel()
+            self._changed.wait_for(lambda: not self._waiting, seconds)
 
     def wake(self) -> None:
         """Let jobs that wait look whether they were cancelled."""
