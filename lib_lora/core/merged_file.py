@@ -38,10 +38,6 @@ WEIGHTS = (
 """Beginnings of the names in a single file that a precision of saving is meant for; schedules and the like are not."""
 
 
-_FUSING = 6
-"""Units of work for each number of a changed weight, beside its products: it is converted, added to and rounded."""
-
-
 class MergeTypes(NamedTuple):
     """How numbers are calculated and stored.
 
@@ -114,10 +110,10 @@ class MergedFile:
         }
 
     def _fusing(self, name: str) -> int:
-        """What it costs to fuse a tensor."""
+        """What the products cost that are fused into a tensor."""
         patches = self._patches.get(name, ())
         ranks = [(math.prod(patch.layer.shape), sum(term.adapter.rank for term in patch.terms)) for patch in patches]
-        return sum(numbers * (_FUSING + 2 * rank // FLOPS_PER_BYTE) for numbers, rank in ranks)
+        return sum(2 * numbers * rank // FLOPS_PER_BYTE for numbers, rank in ranks)
 
     def _dtype(self, name: str) -> torch.dtype:
         own = self._source.header.tensors[name].dtype

@@ -58,7 +58,7 @@ Method: TypeAlias = Literal["concat", "svd", "add"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 ADD_NOTE = "add sums up and down apart, as kohya's merge_lora does: no sum of effects, the errors tell how far from it"
-_PRODUCTS = 8
+_PRODUCTS = 10
 """Of two thin factors' columns, in float32, that a layer takes in all."""
 _KEPT = ("ss_base_model_version", "ss_v2", "modelspec.prediction_type")
 """Metadata of the first file that has it; all other training metadata is that of one of many trainings."""

@@ -118,8 +118,9 @@ def without_numbers(sides: Sequence[int], rank: int, dtype: torch.dtype, *, scal
         dtype: Of all tensors of the file.
         scale: alpha / rank, where the file says what it is.
     """
-    up, down = torch.empty(sides[0], rank, device="meta"), torch.empty(rank, sides[1], device="meta")
-    return stored(Factors(up, down, scale), dtype, scale * rank)
+    # No arithmetic: the first one on the meta device makes torch load a second's worth of modules.
+    up, down = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((sides[0], rank), (rank, sides[1])))
+    return StoredLayer(up, down, _stored_alpha(scale * rank, rank, scale, dtype))
 
 
 def _part_factors(part: Part) -> tuple[Tensor, Tensor]:
@@ -265,8 +266,13 @@ def stored(factors: Factors, dtype: torch.dtype, alpha: float | None = None) -> 
         alpha: What the file is to say; None stands for the rank. If `dtype` can not hold it, it is the rank too.
     """
     rank = factors.up.shape[1]
-    kept = torch.tensor(rank if alpha is None else alpha, dtype=dtype)
-    if not math.isfinite(kept.item()) or (kept == 0 and factors.scale != 0):
-        kept = torch.tensor(rank, dtype=dtype)
+    kept = _stored_alpha(rank if alpha is None else alpha, rank, factors.scale, dtype)
     ratio = factors.scale * rank / kept.item() if kept != 0 else 1.0
     return StoredLayer((factors.up * ratio).to(dtype), factors.down.to(dtype), kept)
+
+
+def _stored_alpha(alpha: float, rank: int, scale: float, dtype: torch.dtype) -> Tensor:
+    kept = torch.tensor(alpha, dtype=dtype)
+    if not math.isfinite(kept.item()) or (kept == 0 and scale != 0):
+        return torch.tensor(rank, dtype=dtype)
+    return kept

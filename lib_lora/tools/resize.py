@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 _PEFT_UP = ".lora_B.weight"
 _FOLDED = ("lora_mid", "scale")
 """Tucker's core is folded into `down`, a scale of its own into alpha or `up`."""
-_PRODUCTS = 8
+_PRODUCTS = 10
 """Of two thin factors' columns, in float32, that a layer takes in all."""
 _SCALES = {"alpha", "scale"}
 

@@ -223,7 +223,7 @@ def test_an_older_folder_is_never_replaced(tmp_path, out, capsys):
 
 def test_a_full_disk_is_told_before_the_work(out, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2_000_000))
-    assert "needs 2.0 MB and the disk has 1.9 MB" in refusal(capsys, BASE, LORA, out)
+    assert "needs 2.1 MB and the disk has 2.0 MB" in refusal(capsys, BASE, LORA, out)
     assert not out.exists()
 
 
