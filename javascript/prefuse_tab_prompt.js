@@ -168,5 +168,5 @@
     new MutationObserver(() => {
         const box = document.activeElement;
         if (isBox(box) && document.querySelector("#prefuse-words [data-words]") !== known.node) open(box);
-    }).observe(document.body, {childList: true, subtree: true});
+    }).observe(document.documentElement, {childList: true, subtree: true});
 })();
