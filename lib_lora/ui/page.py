@@ -138,14 +138,17 @@ def build(host: Host, language: str, jobs: Jobs | None = None) -> gr.Blocks:
         language: Of its words, or a locale; English if there is no table of it.
         jobs: Where its long jobs run; None for a queue of its own.
     """
-    from lib_lora.ui import generate, workshop
+    from lib_lora.ui import analyse, block_weights, generate, inspect, workshop
 
     page = Page(host, Texts(language_of(language)), jobs)
     with new_blocks(style()) as blocks, gr.Column(elem_id="prefuse"):
         with gr.Tabs(elem_id="prefuse-tabs"):
             if host.can_draw:
                 generate.build(page)
+            block_weights.build(page)
+            analyse.build(page)
             workshop.build(page)
+            inspect.build(page)
         gr.HTML(page.data(), elem_id="prefuse-data")
         page.complete_prompts()
         page.fill(blocks)
