@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -152,10 +153,9 @@ def _way(future: Future, others: Mapping[str, int], may_hook: bool) -> Way:
 
 
 def _load(layer: LayerRef, adapter: WeightAdapter, others: int) -> Load:
-    weight = layer.live()
-    rows = layer.shape[0]
-    edge = rows + weight.numel() // rows
-    return Load(weight.numel(), weight.element_size(), edge, adapter.rank, others, _can_hold(layer, adapter))
+    elements, rows = math.prod(layer.shape), layer.shape[0]
+    size, edge = layer.weight().element_size(), rows + elements // rows
+    return Load(elements, size, edge, adapter.rank, others, _can_hold(layer, adapter))
 
 
 def _clause(future: Future, uid: str, ways: Ways) -> str:
