@@ -25,7 +25,7 @@ DECIMALS = 4
 """Of a curve's numbers in a list."""
 DRAWN = "0.5"
 """What is shown for ``R`` and ``U``: the mean of what is drawn for both."""
-_NONE = "0"
+_NONE, _ALL = "0", "1"
 _LETTERS = ("R", "U", "X")
 
 
@@ -58,7 +58,7 @@ class BlockList:
             return cls._spelled(plain)
         if plain in presets.weights:
             found = cls._spelled(presets.weights[plain])
-            return found.resized(length) if found._fits(LISTS[length]) else found
+            return found._within(LISTS[length]) if found._fits(LISTS[length]) else found
         return cls._curve(plain, presets, length)
 
     @classmethod
@@ -96,33 +96,39 @@ class BlockList:
     def resized(self, length: int) -> BlockList:
         """The same blocks in a list of another length; others have 0, or what all have if they have the same."""
         same = {*self.items.values()}
-        other = same.pop() if len(same) == 1 else _NONE
-        return BlockList({block: self.items.get(block, other) for block in LISTS[length]})
+        return self._within(LISTS[length], same.pop() if len(same) == 1 else _NONE)
 
     def inverted(self) -> BlockList:
         """1 - weight for each number."""
         return BlockList({block: _inverted(item) for block, item in self.items.items()})
+
+    def _within(self, blocks: Sequence[str], other: str = _NONE) -> BlockList:
+        return BlockList({block: self.items.get(block, other) for block in blocks})
 
     def _fits(self, blocks: Collection[str]) -> bool:
         weighed = all(block in blocks for block, item in self.items.items() if item != _NONE)
         return weighed and any(block in blocks for block in self.items if block not in ENCODERS)
 
 
-def shortest_text(shown: BlockList, presets: Presets, present: Collection[str] = (), preferred: str = "") -> str:
-    """The name of a preset or a curve that means the same, else the shortest list.
+def shortest_text(
+    shown: BlockList, presets: Presets, present: Collection[str] | None = None, preferred: str = ""
+) -> str:
+    """What ``lbw=`` has to say: a name that means the same, else the shortest list; ``""`` if all blocks have 1.
 
     Args:
         shown: The weights.
         presets: The meaning of names.
-        present: Blocks in which the LoRA has layers; what others weigh makes no difference.
+        present: Blocks in which the LoRA has layers; what others weigh makes no difference. None if that is not known.
         preferred: A name that is tried first.
     """
-    matter = [*shown.items, *present]
     whole = WHOLE[len(shown.items)]
-    for name in filter(fits, dict.fromkeys((preferred, *presets.weights, *CURVES))):
-        if _means(name, presets, whole, shown, matter):
-            return name
-    return next(_lists(shown, matter, whole))
+    matter = LISTS[whole] if present is None else [*shown.items, *present]
+    if preferred and fits(preferred) and _means(preferred, presets, whole, shown, matter):
+        return preferred
+    if all(shown.items.get(block) == _ALL for block in matter):
+        return ""
+    names = (name for name in (*presets.weights, *CURVES) if fits(name) and _means(name, presets, whole, shown, matter))
+    return next(names, None) or next(_lists(shown, matter, whole))
 
 
 def tag_of(name: str, strength: float, weights: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from lib_lora.ui.page import Page
 
 
+SMALL: dict[str, Any] = {"size": "sm", "min_width": 80}
+
+
 class PresetForm:
     """The controls, and what they do.
 
@@ -31,7 +34,7 @@ class PresetForm:
     told, and of the question whether a preset shall be deleted.
     """
 
-    def __init__(self, page: Page, view: BlockView, others: Sequence[tuple[Any, Callable[[], list[str]]]]) -> None:
+    def __init__(self, page: Page, view: BlockView, others: Sequence[Callable[[], list[str]]]) -> None:
         self._page = page
         self._texts = page.texts
         self._view = view
@@ -94,7 +97,7 @@ class PresetForm:
             return [*same, message(sentence(error), "refused"), gr.update(visible=False)]
         names = self._view.names()
         lists = [gr.update(choices=names, value=chosen[0]) if chosen else gr.update(choices=names)]
-        lists += [gr.update(choices=[*source()]) for _, source in self._others]
+        lists += [gr.update(choices=[*source()]) for source in self._others]
         told = "".join(message(note) for note in notes or ())
         name = (chosen[0] or "") if chosen else gr.update()
         return [*lists, name, told, gr.update(visible=False)]
@@ -112,37 +115,57 @@ class PresetForm:
         return f'<a class="prefuse-download" download="{WEIGHTS_FILE}" href="{address}">{words}</a>'
 
 
-def build(
-    page: Page, view: BlockView, controls: Controls, others: Sequence[tuple[Any, Callable[[], list[str]]]]
-) -> None:
-    """Put the controls on the page.
-
-    Args:
-        page: That is being made.
-        view: Of the sub-tab.
-        controls: The sub-tab's.
-        others: Other lists with names of presets, and what they offer.
-    """
-    form = PresetForm(page, view, others)
+def build(page: Page) -> PresetControls:
+    """Put the controls on the page that is being made."""
     with gr.Accordion(page.texts("blocks.presets"), open=True):
         with gr.Row():
             name = page.add(gr.Textbox, "blocks.name", lines=1)
             replace = page.add(gr.Checkbox, "blocks.replace", value=False)
         with gr.Row():
-            save, rename, delete, export = (page.add(gr.Button, f"blocks.{key}", size="sm") for key in BUTTONS)
-            upload = page.add(gr.UploadButton, "blocks.import", size="sm", file_types=[".txt"])
+            save = page.add(gr.Button, "blocks.save", **SMALL)
+            rename = page.add(gr.Button, "blocks.rename", **SMALL)
+            delete = page.add(gr.Button, "blocks.delete", **SMALL)
+            upload = page.add(gr.UploadButton, "blocks.import", file_types=[".txt"], **SMALL)
+            export = page.add(gr.Button, "blocks.export", **SMALL)
         sure = page.add(gr.Button, "blocks.delete_sure", variant="stop", visible=False)
         note = gr.HTML(elem_id="prefuse-blocks-presets-note")
         shown = page.add(gr.Textbox, "blocks.exported", lines=5, max_lines=12, visible=False, interactive=False)
         link = gr.HTML()
-    outputs = [controls.preset, *(component for component, _ in others), name, note, sure]
-    listen(save.click, form.saved, [name, controls.text, controls.shown, replace], outputs)
-    listen(rename.click, form.renamed, [controls.preset, name], outputs)
-    listen(delete.click, form.asked, [controls.preset], [note, sure])
-    listen(sure.click, form.deleted, [controls.preset], outputs)
-    listen(upload.upload, form.imported, [upload], outputs)
-    listen(export.click, form.exported, [], [shown, link])
-    listen(controls.preset.input, lambda preset: preset or "", [controls.preset], [name], quick=True)
+    return PresetControls(page, name, replace, save, rename, delete, upload, export, sure, note, shown, link)
 
 
-BUTTONS = ("save", "rename", "delete", "export")
+class PresetControls(NamedTuple):
+    """The controls, on their page."""
+
+    page: Page
+    name: Any
+    replace: Any
+    save: Any
+    rename: Any
+    delete: Any
+    upload: Any
+    export: Any
+    sure: Any
+    note: Any
+    shown: Any
+    link: Any
+
+    def connect(
+        self, view: BlockView, controls: Controls, others: Sequence[tuple[Any, Callable[[], list[str]]]]
+    ) -> None:
+        """Let them act.
+
+        Args:
+            view: Of the sub-tab.
+            controls: The sub-tab's.
+            others: Other lists with names of presets, and what they offer.
+        """
+        form = PresetForm(self.page, view, [source for _, source in others])
+        outputs = [controls.preset, *(component for component, _ in others), self.name, self.note, self.sure]
+        listen(self.save.click, form.saved, [self.name, controls.text, controls.shown, self.replace], outputs)
+        listen(self.rename.click, form.renamed, [controls.preset, self.name], outputs)
+        listen(self.delete.click, form.asked, [controls.preset], [self.note, self.sure])
+        listen(self.sure.click, form.deleted, [controls.preset], outputs)
+        listen(self.upload.upload, form.imported, [self.upload], outputs)
+        listen(self.export.click, form.exported, [], [self.shown, self.link])
+        listen(controls.preset.input, lambda preset: preset or "", [controls.preset], [self.name], quick=True)

@@ -181,7 +181,7 @@ class BlockView:
 
     def _shortest(self, form: Form, blocks: BlockList) -> str:
         analysis = self._analysis(form, [])
-        present = analysis.present if analysis else ()
+        present = [block for block in analysis.present if block != OUTSIDE] if analysis else None
         return shortest_text(blocks, self._host.presets.read(), present, form.preset or "")
 
     def _shown(self, form: Form, blocks: BlockList | None, notes: list[str], *, is_new: bool) -> Updates:

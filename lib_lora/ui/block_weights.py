@@ -51,15 +51,15 @@ def build(page: Page) -> None:
                 plot = gr.HTML(view.first().plot)
                 note = gr.HTML()
                 text = page.add(gr.Textbox, "blocks.list", value=view.first().text, lines=2)
-                buttons, is_wide = _buttons(page)
                 strength, tag, put = _tag(page, view)
             with gr.Column(min_width=320):
                 sliders = gr.HTML(view.first().sliders, elem_id="prefuse-blocks-sliders")
+                buttons, is_wide = _buttons(page)
+                presets = block_presets.build(page)
         controls = Controls(*chosen[:2], is_wide, chosen[2], text, strength, gr.State(view.first().shown))
-        panels = Panels(sliders, plot, note, tag)
-        _connect(view, controls, panels, buttons)
+        _connect(view, controls, Panels(sliders, plot, note, tag), buttons)
         listen(put.click, None, js=PUT)
-        block_presets.build(page, view, controls, block_compare.build(page, view, controls))
+        presets.connect(view, controls, block_compare.build(page, view, controls))
 
 
 def _choices(page: Page, view: BlockView) -> tuple[Any, Any, Any]:
