@@ -58,10 +58,15 @@ class PresetForm:
 
         return self._done(rename, name.strip())
 
+    def chosen(self, preset: str | None) -> list[Any]:
+        """Another preset: its name can be changed, and it is not the one that was to be deleted."""
+        return [preset or "", "", gr.update(visible=False)]
+
     def asked(self, preset: str | None) -> list[Any]:
         """Whether it shall be deleted; the second click says it."""
-        if not preset:
-            return [message(self._texts("blocks.none_chosen"), "refused"), gr.update(visible=False)]
+        if not preset or preset not in self._editor.own():
+            words = self._texts("blocks.not_own", name=preset) if preset else self._texts("blocks.none_chosen")
+            return [message(words, "refused"), gr.update(visible=False)]
         return [message(self._texts("blocks.sure", name=preset)), gr.update(visible=True)]
 
     def deleted(self, preset: str | None) -> list[Any]:
@@ -168,4 +173,4 @@ class PresetControls(NamedTuple):
         listen(self.sure.click, form.deleted, [controls.preset], outputs)
         listen(self.upload.upload, form.imported, [self.upload], outputs)
         listen(self.export.click, form.exported, [], [self.shown, self.link])
-        listen(controls.preset.input, lambda preset: preset or "", [controls.preset], [self.name], quick=True)
+        listen(controls.preset.input, form.chosen, [controls.preset], [self.name, self.note, self.sure], quick=True)

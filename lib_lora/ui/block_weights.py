@@ -71,7 +71,7 @@ def _choices(page: Page, view: BlockView) -> tuple[Any, Any, Any]:
 
 def _buttons(page: Page) -> tuple[list[Any], Any]:
     with gr.Row():
-        buttons = [page.add(gr.Button, f"blocks.{name}", size="sm") for name in ("zeros", "ones", "invert")]
+        buttons = [page.add(gr.Button, f"blocks.{name}", **block_presets.SMALL) for name in ("zeros", "ones", "invert")]
     return buttons, page.add(gr.Checkbox, "blocks.wide", value=False)
 
 
