@@ -202,6 +202,12 @@ class Browser:
             self._mouse("mouseMoved", at(move / moves), held=True)
         self._mouse("mouseReleased", at(1))
 
+    def upload(self, selector: str, path: Path) -> None:
+        """Give a file to an input of files, as its dialog does."""
+        root = self._ask("DOM.getDocument")["root"]["nodeId"]
+        node = self._ask("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self._ask("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
+
     def picture(self, box: dict[str, float] | None = None) -> bytes:
         """The window, or a part of it, as PNG."""
         clip = {"clip": {**box, "scale": 1}} if box else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,9 @@ class _Editor:
     def __init__(self, page: Page, edited: Any, panel: Any) -> None:
         self._page = page
         self._lists = page.refreshed()
-        with gr.Accordion(page.texts("inspect.edit"), open=False, elem_id="prefuse-inspect-edit"):
+        # Not folded: newest gradio loses what is typed into boxes that were filled while an accordion hid them.
+        with gr.Column(elem_id="prefuse-inspect-edit"):
+            gr.HTML(f"<h3>{escape(page.texts('inspect.edit'))}</h3>")
             with gr.Row():
                 known = page.add(gr.Dropdown, "inspect.known", choices=[])
                 key = page.add(gr.Textbox, "inspect.key")

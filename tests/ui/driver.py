@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ TABS = '#prefuse-tabs [role="tablist"] button, #prefuse-tabs > .tab-nav > button
 """Gradio 6 has a tablist, gradio 3 a bar."""
 OPTIONS = '[role="option"], ul.options > li'
 JOB = ".prefuse-job"
+OPENINGS = 5
+"""How often a list is opened until it is filled."""
 
 
 class PageDriver:
@@ -46,9 +49,9 @@ class PageDriver:
         """The value of a JavaScript expression."""
         return self.browser.run(script)
 
-    def wait(self, script: str, seconds: float = 60) -> Any:
-        """Until an expression is true; its value."""
-        return self.browser.wait(script, seconds)
+    def wait(self, script: str, seconds: float = 30) -> Any:
+        """Until an expression is true or an element; its value."""
+        return self.browser.wait(f"((one) => one instanceof Node || one)({script})", seconds)
 
     def text(self, selector: str) -> str:
         """Visible text of an element; ``""`` if there is none."""
@@ -88,12 +91,21 @@ class PageDriver:
 
     def choose(self, key: str, text: str) -> None:
         """Choose from a list, as one who types a part of it and clicks it."""
-        self.browser.click(f"{place(key)} input")
         found = _by_text(OPTIONS, text)
-        self.wait(f"!!{found}", 15)
+        for _ in range(OPENINGS):  # a list that is open is not filled anew
+            self.browser.click(f"{place(key)} input")
+            with suppress(TimeoutError):
+                self.wait(f"!!{found}", 3)
+                break
+            self.run("document.activeElement.blur()")
         self.run(f"{found}.id = 'option-of-the-test', 0")
         self.browser.click("#option-of-the-test")
         self.wait(f"document.querySelector('{place(key)} input').value === {json.dumps(text)}", 5)
+
+    def upload(self, key: str, path: Path) -> None:
+        """Drop a file."""
+        self.wait(f"!!document.querySelector('{place(key)} input[type=file]')")
+        self.browser.upload(f"{place(key)} input[type=file]", path)
 
     def job_end(self, form: str, seconds: float = 120) -> str:
         """What is said at the end of the job that was begun in the form inside `form`, a selector."""
