@@ -57,7 +57,8 @@ class _Sheet:
         self._form = form
         self._slot = page.slot()
         self._fields: dict[str, Any] = {}
-        with gr.Tab(page.texts(f"workshop.{form.key}")), gr.Row():
+        place = f"prefuse-workshop-{form.key.replace('_', '-')}"
+        with gr.Tab(page.texts(f"workshop.{form.key}"), elem_id=place), gr.Row():
             with gr.Column():
                 self._ask()
             with gr.Column():
