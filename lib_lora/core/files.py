@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lib_lora.core.saving import Progress
+
 # Files up to this many bytes are read into memory; larger ones are mapped.
 READ_LIMIT = 2 * 1024**3
 CHUNK_BYTES = 1 << 20
@@ -142,10 +144,14 @@ def map_checkpoint(path: str | os.PathLike[str]) -> MappedTensors:
     return MappedTensors(header, identity, mapped)
 
 
-def data_sha256(path: str | os.PathLike[str]) -> str:
+def data_sha256(path: str | os.PathLike[str], progress: Progress | None = None) -> str:
     """SHA-256 in hex of the bytes after the header: the same for a file whose metadata was edited.
 
     Source: the hash of kohya's additional networks extension, which the WebUI writes into pictures.
+
+    Args:
+        path: The file.
+        progress: Told the bytes read.
 
     Raises:
         FileError: As `read_lora_file`, with `CHECKPOINT_LIMITS`.
@@ -153,10 +159,13 @@ def data_sha256(path: str | os.PathLike[str]) -> str:
     path = Path(path)
 
     def read(file: FileIO) -> str:
-        file.seek(checked_header(file, CHECKPOINT_LIMITS, path).data_start)
+        header = checked_header(file, CHECKPOINT_LIMITS, path)
+        file.seek(header.data_start)
         digest = hashlib.sha256()
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            if progress is not None:
+                progress(file.tell(), header.file_size)
         return digest.hexdigest()
 
     return read_unchanged(path, read)[1]

@@ -21,8 +21,10 @@ from lib_lora.core.naming import BIAS, group_names, split_key
 from lib_lora.core.network import network_from_file
 from lib_lora.core.norms import delta_norm, shares
 from lib_lora.core.plan import match_network
+from lib_lora.core.saving import no_progress
 from lib_lora.errors import PrefuseError
 from lib_lora.tools.training import Training, read_training
+from lib_lora.tools.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from lib_lora.core.files import LoraFile
     from lib_lora.core.layers import LayerRef
     from lib_lora.core.network import Network
+    from lib_lora.core.saving import Progress
 
 DIFFUSERS_LAYERS_PER_BLOCK = 2
 _DOWN = re.compile(r"down_blocks_(\d+)_(?:resnets|attentions)_(\d+)_")
@@ -179,18 +182,21 @@ class Inspection:
         return asdict(self) | blocks | {"training": asdict(self.training)}
 
 
-def inspect_file(path: Path, model: Path | GivenModel | None = None) -> Inspection:
+def inspect_file(path: Path, model: Path | GivenModel | None = None, *, progress: Progress = no_progress) -> Inspection:
     """Look at a file; a LoRA that could not be applied is described too, with the reason.
 
     Args:
         path: The file.
         model: What the LoRA is laid over: a checkpoint (.safetensors), a diffusers folder, a loaded model, or None.
+        progress: Told the bytes checked and hashed; what it raises ends the looking.
 
     Raises:
         FileError: If a file can not be read at all.
         ModelError: If the model has no weights in .safetensors files.
     """
+    work = Work(progress)
     file = read_lora_file(path)
+    work.expect(2 * file.identity.size)
     network, problem = _interpret(file)
     fit, norms = lay_over(network, GivenModel.of(model)) if network and model else (None, {})
     checkpoint = KeyMap.from_checkpoint({name: tuple(tensor.shape) for name, tensor in file.tensors.items()})
@@ -200,7 +206,7 @@ def inspect_file(path: Path, model: Path | GivenModel | None = None) -> Inspecti
     return Inspection(
         path=str(path),
         size=file.identity.size,
-        sha256=data_sha256(path),
+        sha256=data_sha256(path, work.stage(file.identity.size)),
         kind="checkpoint" if is_checkpoint else "LoRA" if any(parts) else "unknown",
         base_model=base_model.value if base_model else "",
         base_model_from=network.base_model_from if network and not is_checkpoint else "",
@@ -210,7 +216,7 @@ def inspect_file(path: Path, model: Path | GivenModel | None = None) -> Inspecti
         layers=layer_facts(network.adapters, norms) if network and not is_checkpoint else (),
         unused=network.unused if network and not is_checkpoint else (),
         embeddings=tuple(network.embeddings) if network else (),
-        not_finite=tuple(not_finite(file.tensors)),
+        not_finite=tuple(_not_finite(file.tensors, work)),
         notes=network.notes if network else (),
         problem=None if is_checkpoint else problem,
         metadata=dict(file.metadata),
@@ -250,6 +256,12 @@ def not_finite(tensors: Mapping[str, Tensor]) -> Iterable[str]:
         # The sum takes no memory, but may itself overflow.
         if not math.isfinite(values.sum(dtype=torch.float64).item()) and not values.isfinite().all():
             yield name
+
+
+def _not_finite(tensors: Mapping[str, Tensor], work: Work) -> Iterable[str]:
+    for name, tensor in tensors.items():
+        yield from not_finite({name: tensor})
+        work.add(tensor.nbytes)
 
 
 def layer_facts(

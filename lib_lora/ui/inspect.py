@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from lib_lora.core.saving import no_progress
 from lib_lora.errors import JobError, ModelError
 from lib_lora.tools.inspect import inspect_file
 from lib_lora.ui.inspection import inspection_panel
@@ -48,7 +49,7 @@ def build(page: Page) -> None:
 
             def inspect(value: Any) -> Iterator[tuple[Any, ...]]:
                 slot.cancel()
-                for state in slot.run(lambda _: inspected(page, find(value), is_copy=source is file)):
+                for state in slot.run(lambda progress: inspected(page, find(value), progress, is_copy=source is file)):
                     updates = (gr.update(),) * (len(outputs) - 1)
                     if state.result is not None:
                         updates = (*editor.updates(state.result), *others)
@@ -152,12 +153,12 @@ class _Editor:
             raise JobError(self._page.texts("inspect.choose"))
         written = edited.save(self._page.host, name, replace=replace, progress=progress)
         self._page.host.catalog.refresh()
-        return inspected(self._page, written.path, is_copy=False)
+        return inspected(self._page, written.path, no_progress, is_copy=False)
 
 
-def inspected(page: Page, path: Path, *, is_copy: bool) -> Edited:
+def inspected(page: Page, path: Path, progress: Progress, *, is_copy: bool) -> Edited:
     """Look at a file, laid over the loaded model."""
-    return Edited(path, inspect_file(path, loaded_model(page.host)), is_copy)
+    return Edited(path, inspect_file(path, loaded_model(page.host), progress=progress), is_copy)
 
 
 def _model_files(page: Page) -> dict[str, Path]:

@@ -120,3 +120,21 @@ def test_what_is_known_of_the_training_is_told(tmp_path):
     save_tensors(tmp_path / "a.safetensors", lora_tensors(layers), metadata)
     told = inspect_file(tmp_path / "a.safetensors").to_dict()["training"]
     assert told == {"facts": {"resolution": "512"}, "folders": (), "tags": {"cat": 3}}
+
+
+def test_progress_grows_to_its_end_and_can_end_the_looking(tmp_path):
+    save_tensors(tmp_path / "x.safetensors", {f"layer {number}": torch.ones(400_000) for number in range(4)})
+    told: list[tuple[int, int]] = []
+    inspect_file(tmp_path / "x.safetensors", progress=lambda done, total: told.append((done, total)))
+    parts = [done / total for done, total in told]
+    assert parts == sorted(parts)
+    assert parts[0] == 0
+    assert parts[-1] == pytest.approx(1, abs=0.01)
+    assert len(set(parts)) >= 8
+
+    def cancel(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        inspect_file(tmp_path / "x.safetensors", progress=cancel)
