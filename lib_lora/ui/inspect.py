@@ -86,7 +86,9 @@ class _Editor:
             with gr.Row():
                 name = page.add(gr.Textbox, "inspect.name")
                 replace = page.add(gr.Checkbox, "inspect.replace", value=False)
-                save = page.add(gr.Button, "inspect.save", variant="primary")
+                with gr.Column():
+                    save = page.add(gr.Button, "inspect.save", variant="primary")
+                    cancel = page.add(gr.Button, "inspect.cancel")
             status = gr.HTML()
         self.shown = [known, key, text, changes]
         listen(known.input, self._choose, [edited, known], [key, text])
@@ -94,7 +96,9 @@ class _Editor:
         for button, action in zip(buttons, actions, strict=True):
             listen(button.click, action, [edited, key, text], [edited, *self.shown])
         self._saved = [status, edited, panel, *self.shown, name, replace, *page.choices]
-        listen(save.click, self._saver(page.slot()), [edited, name, replace], self._saved)
+        slot = page.slot()
+        listen(save.click, self._saver(slot), [edited, name, replace], self._saved)
+        listen(cancel.click, slot.cancel, quick=True)
 
     def updates(self, edited: Edited) -> tuple[Any, ...]:
         """For the state, the panel, and `shown`."""

@@ -48,6 +48,7 @@ def open_lora(page: PageDriver, name: str) -> None:
     page.choose("inspect.lora", name)
     assert page.job_end(FORM).startswith("Done in")
     page.wait(f"document.querySelector('{PANEL}').textContent.includes({json.dumps(name)})")
+    page.wait(f"document.querySelector('{CHANGES}').textContent.includes('No changes yet')")
 
 
 def change(page: PageDriver, key: str, text: str) -> None:

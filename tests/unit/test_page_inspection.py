@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from toys import sd1_unet
 
 from lib_lora.catalog import LoraCatalog
 from lib_lora.core.files import data_sha256, read_header
+from lib_lora.core.keymap import KeyMap
 from lib_lora.core.saving import save_tensors
 from lib_lora.errors import JobError, OutputError, UnsafePathError
-from lib_lora.tools.inspect import inspect_file
+from lib_lora.tools.inspect import GivenModel, inspect_file
 from lib_lora.ui.inspection import MOST_ROWS, inspection_panel
 from lib_lora.ui.metadata_editor import Edited, changes_panel
 from lib_lora.ui.texts import Texts, languages
@@ -130,6 +132,20 @@ def test_facts_hashes_and_training_are_told(tmp_path: Path) -> None:
 
 def test_nan_is_told_with_the_tensor(tmp_path: Path) -> None:
     assert f"1: {LAYER}.lora_up.weight" in panel(lora(tmp_path, {}, value=float("nan"))).text
+
+
+@pytest.mark.parametrize("language", languages())
+def test_the_loaded_model_is_told_with_what_it_lacks(tmp_path: Path, language: str) -> None:
+    layers = (LAYER, LAYER.replace("attentions_0", "attentions_9"))
+    tensors = {f"{layer}.lora_up.weight": torch.ones(8, 2, 1, 1) for layer in layers}
+    tensors |= {f"{layer}.lora_down.weight": torch.ones(2, 8, 1, 1) for layer in layers}
+    save_tensors(tmp_path / "lora.safetensors", tensors)
+    found = inspect_file(tmp_path / "lora.safetensors", GivenModel(KeyMap.from_modules({"unet": sd1_unet()})))
+    assert found.fit is not None
+    text = Elements(inspection_panel(Texts(language), found)).text
+    assert found.fit.problem is None
+    assert "down_blocks_0_attentions_9_proj_in" in text
+    assert Texts(language)("inspect.matched", matched=1, total=2, model=found.fit.model) in text
 
 
 @pytest.mark.parametrize("language", languages())
