@@ -6,13 +6,17 @@
     const TAG = /<(?:lora|lyco):([^<>\n]*)$/;
     const MOST_SHOWN = 40;
     const list = document.createElement("div");
-    const known = {node: null, words: null};
+    const known = {data: null, words: null};
     const shown = {box: null, items: [], chosen: -1, start: 0};
 
     // The server fills this element when a prompt box gets the focus.
+    function told() {
+        return document.querySelector("#prefuse-words [data-words]")?.dataset.words ?? null;
+    }
+
     function words() {
-        const node = document.querySelector("#prefuse-words [data-words]");
-        if (node !== known.node) Object.assign(known, {node, words: node && JSON.parse(node.dataset.words)});
+        const data = told();
+        if (data !== known.data) Object.assign(known, {data, words: data && JSON.parse(data)});
         return known.words || {loras: [], arguments: [], lbw: [], lbwe: []};
     }
 
@@ -167,6 +171,6 @@
     // Words that come while the list is open, or should be.
     new MutationObserver(() => {
         const box = document.activeElement;
-        if (isBox(box) && document.querySelector("#prefuse-words [data-words]") !== known.node) open(box);
-    }).observe(document.documentElement, {childList: true, subtree: true});
+        if (isBox(box) && told() !== known.data) open(box);
+    }).observe(document.documentElement, {childList: true, subtree: true, attributeFilter: ["data-words"]});
 })();

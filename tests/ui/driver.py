@@ -107,8 +107,16 @@ class PageDriver:
         self.wait(f"!!document.querySelector('{place(key)} input[type=file]')")
         self.browser.upload(f"{place(key)} input[type=file]", path)
 
+    def job(self, key: str, form: str, seconds: float = 120) -> str:
+        """What is said at the end of the job that a button begins; `form` is the selector of where it is said."""
+        state = f"document.querySelector('{form} {JOB}')"
+        self.run(f"window.said = {state}, 0")
+        self.click(key)
+        self.wait(f"{state} && {state} !== window.said")
+        return self.job_end(form, seconds)
+
     def job_end(self, form: str, seconds: float = 120) -> str:
-        """What is said at the end of the job that was begun in the form inside `form`, a selector."""
+        """What is said at the end of the job that is said to run inside `form`, a selector."""
         state = f"document.querySelector('{form} {JOB}')"
         self.wait(f"{state} && !{state}.querySelector('progress') && !/Waiting/.test({state}.textContent)", seconds)
         return self.text(f"{form} {JOB}")
