@@ -37,7 +37,7 @@ READ = tuple(field for field in FIELDS if field != "count")
 
 def build(page: Page) -> None:
     """Put the sub-tab on the page that is being made."""
-    with page.sub_tab("tab.generate"), gr.Column(elem_classes=["prefuse-generate"]):
+    with page.sub_tab("tab.generate") as tab, gr.Column(elem_classes=["prefuse-generate"]):
         with gr.Row(elem_classes=["prefuse-reader"]):
             with gr.Column(scale=4, min_width=280):
                 prompt = page.add(gr.Textbox, "generate.prompt", lines=3, elem_classes=[PROMPT])
@@ -52,6 +52,7 @@ def build(page: Page) -> None:
                 listen(bake.click, None, js=bake_script(page.texts))
         with gr.Row(elem_classes=["prefuse-sides"]):
             with gr.Column(min_width=280):
+                _model(page, tab)
                 controls = {"prompt": prompt, "negative": negative, **_settings(page)}
             with gr.Column(min_width=280, elem_classes=["prefuse-first"]):
                 status = gr.HTML(elem_id="prefuse-generate-status")
@@ -66,7 +67,6 @@ def build(page: Page) -> None:
 
 def _settings(page: Page) -> dict[str, Any]:
     """Controls of how it is drawn, by field, and the two buttons beside the seed."""
-    _model(page)
     with gr.Row():
         sampler = page.add(gr.Dropdown, "generate.sampler", choices=page.host.samplers(), value=DEFAULT_SAMPLER)
         steps = _slider(page, "steps", value=20, step=1)
@@ -88,8 +88,8 @@ def _slider(page: Page, field: str, **options: Any) -> Any:
     return page.add(gr.Slider, f"generate.{field}", minimum=least, maximum=most, min_width=130, **options)
 
 
-def _model(page: Page) -> None:
-    """The choice of a model, which is loaded at once."""
+def _model(page: Page, tab: Any) -> None:
+    """The choice of a model, which is loaded at once; another sub-tab may have chosen one meanwhile."""
     slot = page.slot()
     model = page.choice("generate.model", lambda: [*page.host.models()], value=page.host.model())
     status = gr.HTML(elem_id="prefuse-generate-model-status")
@@ -100,6 +100,7 @@ def _model(page: Page) -> None:
             yield job_status(page.texts, state), gr.update(value=page.host.model()) if ended else gr.update()
 
     listen(model.input, load, [model], [status, model])
+    listen(tab.select, page.host.model, (), [model])
 
 
 def _drawing(page: Page, controls: dict[str, Any], buttons: tuple[Any, Any], outputs: list[Any]) -> None:

@@ -171,11 +171,22 @@ class Slot:
         self._jobs = jobs
         self._mine: list[Job[Any]] = []
 
-    def run(self, work: Callable[[Progress], T]) -> Iterator[JobState[T]]:
-        """Begin a job; how far it is, until its end. It goes on if nobody listens any more."""
+    def start(self, work: Callable[[Progress], T]) -> Job[T]:
+        """Begin a job, which goes on if nobody listens."""
         job = self._jobs.start(work)
         self._mine = [*(one for one in self._mine if one.state().phase in ("waiting", "running")), job]
-        yield from job.states()
+        return job
+
+    def run(self, work: Callable[[Progress], T]) -> Iterator[JobState[T]]:
+        """Begin a job; how far it is, until its end."""
+        yield from self.start(work).states()
+
+    def follow(self) -> Iterator[JobState[Any]]:
+        """How far the jobs of this form are, one after the other, until none is left."""
+        followed: list[Job[Any]] = []
+        while job := next((one for one in self._mine if one not in followed), None):
+            yield from job.states()
+            followed.append(job)
 
     def count(self, phase: Phase) -> int:
         """How many jobs of this form are in a phase."""

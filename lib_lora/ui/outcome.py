@@ -36,7 +36,9 @@ def outcome_panel(texts: Texts, outcome: Outcome) -> str:
 def _facts(texts: Texts, outcome: Outcome) -> str:
     plain = outcome.to_dict()
     rows = [*_room(texts, outcome), *((texts(f"outcome.{key}"), plain[key]) for key in PLAIN if plain.get(key))]
-    rows += [(texts("outcome.changed"), lora) for lora in getattr(outcome, "loras", ())]
+    rows += [
+        (texts("outcome.changed"), lora) for lora in _cut(texts, [str(lora) for lora in getattr(outcome, "loras", ())])
+    ]
     rows += _counts(texts, outcome, plain)
     return pairs(rows)
 

@@ -134,7 +134,9 @@ class _Sheet:
         fields = [self._fields[one.name] for one in self._form.fields]
         answers, result = [self._name, self._replace, *fields], [self._status, self._panel, self._use, self._made]
         for button, action in ((self._start, self._write), (self._preview, self._try)):
-            ended = listen(button.click, action, answers, result)
+            # Two events, for gradio 3 lets nobody click again before the first event has ended.
+            begun = listen(button.click, action, answers, quick=True)
+            ended = listen(begun.then, self._follow, (), result)
             listen(ended.then, self._page.refreshed(), (), self._page.choices)
         listen(self._stop.click, self._slot.cancel, quick=True)
         listen(self._use.click, self._use_model, [self._made], [self._status])
@@ -153,13 +155,13 @@ class _Sheet:
         shown = [gr.update(visible=one.counts(given)) for one in self._form.fields if one.when]
         return (new if name in ("", suggested) else gr.update(), new, *shown)
 
-    def _write(self, *answers: Any) -> Iterator[tuple[Any, ...]]:
-        yield from self._run(*answers, preview=False)
+    def _write(self, *answers: Any) -> None:
+        self._begin(*answers, preview=False)
 
-    def _try(self, *answers: Any) -> Iterator[tuple[Any, ...]]:
-        yield from self._run(*answers, preview=True)
+    def _try(self, *answers: Any) -> None:
+        self._begin(*answers, preview=True)
 
-    def _run(self, name: str, replace: bool, *values: Any, preview: bool) -> Iterator[tuple[Any, ...]]:
+    def _begin(self, name: str, replace: bool, *values: Any, preview: bool) -> None:
         host, given = self._page.host, self._values(values)
 
         def work(progress: Progress) -> Outcome:
@@ -168,10 +170,12 @@ class _Sheet:
                 host.catalog.refresh()
             return made
 
-        for state in self._slot.run(work):
+        self._slot.start(work)
+
+    def _follow(self) -> Iterator[tuple[Any, ...]]:
+        for state in self._slot.follow():
             shown = (gr.update(),) * 3 if state.result is None else self._shown(state.result)
-            if state.phase != "waiting" or not self._slot.count("running"):
-                yield self._told(state), *shown
+            yield self._told(state), *shown
 
     def _told(self, state: JobState[Any]) -> str:
         """How far a job is, and whether others of this form wait for it."""

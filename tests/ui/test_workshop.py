@@ -140,22 +140,25 @@ def test_a_merge_is_cancelled_at_once_and_leaves_nothing(workshop: PageDriver, w
 
 
 def test_a_second_click_waits_and_says_so(workshop: PageDriver, wide: PageServer) -> None:
-    open_form(workshop, "Resize")
-    workshop.choose("workshop.resize.lora", "dense1")
-    open_form(workshop, "Merge")
     ask_merge(workshop, LONG, "queued")
     started(workshop)
     workshop.click("workshop.merge.start")
     workshop.wait(f"/1 more of this form/.test(document.querySelector('{MERGE}').innerText)")
-    open_form(workshop, "Resize")
-    workshop.click("workshop.resize.start")
-    workshop.wait("/Waiting for 2 other/.test(document.querySelector('#prefuse-workshop-resize').innerText)")
-    open_form(workshop, "Merge")
     workshop.click("workshop.merge.stop")
     assert workshop.job_end(MERGE).startswith("Cancelled after")
-    open_form(workshop, "Resize")
-    assert "no layers with LoRA's factors" in workshop.job_end("#prefuse-workshop-resize"), "its turn has come"
     assert not (wide.models / "queued").exists()
+
+
+def test_another_form_waits_for_its_turn_and_says_so(workshop: PageDriver) -> None:
+    open_form(workshop, "Resize")
+    workshop.choose("workshop.resize.lora", "dense1")
+    open_form(workshop, "Merge")
+    ask_merge(workshop, LONG, "first")
+    started(workshop)
+    open_form(workshop, "Resize")
+    workshop.click("workshop.resize.start")
+    workshop.wait("/Waiting for 1 other/.test(document.querySelector('#prefuse-workshop-resize').innerText)")
+    assert "no layers with LoRA's factors" in workshop.job_end("#prefuse-workshop-resize"), "its turn has come"
 
 
 def test_a_name_is_refused_and_the_form_stays_as_it_is(workshop: PageDriver, wide: PageServer) -> None:
@@ -183,12 +186,27 @@ def test_a_new_lora_can_be_copied_as_a_tag_and_chosen_in_every_form(workshop: Pa
     workshop.choose("workshop.split.lora", "stripes-r2")
 
 
+def test_a_merged_model_is_used_by_a_click(workshop: PageDriver) -> None:
+    workshop.choose("workshop.merge.model", "demo")
+    workshop.type("workshop.merge.loras", "<lora:stripes:0.5>")
+    workshop.wait(f"{value('workshop.merge.name')} === 'demo-stripes'")
+    workshop.click("workshop.merge.start")
+    workshop.wait("!!document.querySelector('#prefuse-workshop-merge-use')?.offsetParent")
+    workshop.click("workshop.merge.use")
+    workshop.wait(f"/made with demo-stripes now/.test(document.querySelector('{MERGE}').innerText)")
+    workshop.sub_tab("Generate")
+    workshop.wait(f"{value('generate.model')} === 'demo-stripes'")
+    workshop.choose("generate.model", "demo")
+    assert workshop.job_end("#prefuse-tab-generate").startswith("Done in")
+
+
 def test_tags_are_added_by_choosing_and_ranks_are_asked_for_where_they_count(workshop: PageDriver) -> None:
     open_form(workshop, "Combine")
     workshop.choose("workshop.combine.picked", "stripes")
     workshop.type("workshop.combine.strength", "-0.5")
     workshop.click("workshop.combine.add")
     workshop.wait(f"{value('workshop.combine.loras')} === '<lora:stripes:-0.5>'")
+    workshop.wait(f"{value('workshop.combine.name')} === 'stripes-2'")
     rank = "document.querySelector('#prefuse-workshop-combine-rank')?.offsetParent"
     assert not workshop.run(f"!!{rank}")
     workshop.choose("workshop.combine.method", "svd")
