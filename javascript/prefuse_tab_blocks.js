@@ -8,6 +8,7 @@
     let asked = null; // the list that the curve is being drawn of
     let next = null; // the one that is to be asked then; those between are left out
     let since = 0;
+    let serial = null; // of the sliders that were seen last
 
     function write(field, text) {
         const own = Object.getOwnPropertyDescriptor(Object.getPrototypeOf(field), "value");
@@ -15,8 +16,10 @@
         field.dispatchEvent(new Event("input", {bubbles: true}));
     }
 
+    // In the order of the list; in the page they are grouped.
     function sliders() {
-        return [...document.querySelectorAll(".prefuse-block input[type=range]")];
+        const knobs = [...document.querySelectorAll(".prefuse-block input[type=range]")];
+        return knobs.sort((one, other) => one.dataset.prefuseItem - other.dataset.prefuseItem);
     }
 
     function ask(text) {
@@ -81,6 +84,14 @@
         }
     }
 
+    // Newest gradio leaves elements alone whose HTML is the same again, with what was done to them since.
+    function onChange() {
+        const shown = document.querySelector(".prefuse-sliders");
+        if (!shown || shown.dataset.prefuseSerial === serial) return;
+        serial = shown.dataset.prefuseSerial;
+        for (const input of shown.querySelectorAll("input")) input.value = input.getAttribute("value");
+    }
+
     // Into the prompt of the page or of txt2img; another tag of the same LoRA makes way.
     function put() {
         const prompt = document.querySelector(PROMPTS);
@@ -97,4 +108,6 @@
     if (window.prefuseBlocks) return; // the page was loaded anew
     window.prefuseBlocks = {put};
     document.addEventListener("input", onInput, true);
+    const changes = {subtree: true, childList: true, attributeFilter: ["data-prefuse-serial"]};
+    new MutationObserver(onChange).observe(document.documentElement, changes);
 })();

@@ -43,19 +43,20 @@ class SliderRange(NamedTuple):
         return self.blocks == other.blocks and self.lowest <= other.lowest and other.highest <= self.highest
 
 
-def sliders(texts: Texts, blocks: BlockList, ends: SliderRange) -> str:
+def sliders(texts: Texts, blocks: BlockList, ends: SliderRange, serial: int) -> str:
     """A row for each block.
 
     Args:
         texts: Words of the page.
         blocks: With their weights.
         ends: Of the sliders.
+        serial: Another number each time: what was moved since must go back even where the rows are the same again.
     """
     groups: dict[str, list[str]] = {name: [] for name in _GROUPS.values()}
     for index, (block, weight) in enumerate(zip(blocks.items, blocks.weights, strict=True)):
         groups[_group(block)].append(_row(texts, index, block, weight, ends))
     fields = "".join(_field(name, rows) for name, rows in groups.items() if rows)
-    return f'<div class="prefuse-sliders">{fields}</div>'
+    return f'<div class="prefuse-sliders" data-prefuse-serial="{serial}">{fields}</div>'
 
 
 def _group(block: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from html import escape
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
@@ -80,6 +81,7 @@ class BlockView:
         self._host = host
         self._texts = texts
         self._words = plot_words(texts)
+        self._serial = count()
         self._analysed = lru_cache(KEPT_ANALYSES)(_analysed)
 
     def names(self) -> list[str]:
@@ -107,11 +109,9 @@ class BlockView:
         blocks = self._tried(lambda: edit(form), notes)
         return tuple(self._shown(form, blocks, notes, is_new=True))
 
-    def chosen(self, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Another LoRA."""
-        if Form(*values).lora:
-            yield tuple(Updates(note=message(self._texts("blocks.reading"))))
-        yield self.edited(self.resized, *values)
+    def reading(self, lora: str | None) -> str:
+        """What is told while a LoRA is looked at, which can take a second."""
+        return message(self._texts("blocks.reading")) if lora else ""
 
     def same(self, weight: float) -> Edit:
         """All blocks alike."""
@@ -207,7 +207,7 @@ class BlockView:
         if is_new:
             updates = updates._replace(text=blocks.text)
         if is_new or not form.shown.holds(needed):
-            updates = updates._replace(sliders=sliders(self._texts, blocks, needed), shown=needed)
+            updates = updates._replace(sliders=sliders(self._texts, blocks, needed, next(self._serial)), shown=needed)
         return updates
 
     def _tag_of(self, form: Form, blocks: BlockList) -> str:

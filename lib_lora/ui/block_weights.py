@@ -10,7 +10,7 @@ import gradio as gr
 from lib_lora.tools.block_lists import LENGTHS
 from lib_lora.ui import block_compare, block_presets
 from lib_lora.ui.block_view import BlockView
-from lib_lora.ui.versions import listen
+from lib_lora.ui.versions import listen, text_event
 
 if TYPE_CHECKING:
     from lib_lora.ui.page import Page
@@ -93,7 +93,7 @@ def _connect(view: BlockView, controls: Controls, panels: Panels, buttons: list[
     ]
     for event, edit in events:
         listen(event, partial(view.edited, edit), controls, outputs, quick=True)
-    listen(controls.lora.change, view.chosen, controls, outputs)
-    # Gradio 6 tells of an input only after keys, not of what was pasted, deleted, or written by a slider.
-    listen(controls.text.change, view.typed, controls, outputs[1:], quick=True)
+    reading = listen(controls.lora.change, view.reading, [controls.lora], [panels.note], quick=True)
+    listen(reading.then, partial(view.edited, view.resized), controls, outputs)
+    listen(text_event(controls.text), view.typed, controls, outputs[1:], quick=True)
     listen(controls.strength.change, view.typed, controls, outputs[1:], quick=True)

@@ -49,6 +49,15 @@ def listen(
     return event(None if action is None else _unannotated(action), list(inputs), list(outputs), **options)
 
 
+def text_event(box: Any) -> Callable[..., Any]:
+    """The event that tells of everything that a user does to a text box.
+
+    Newest gradio tells of an input only after keys, not of what was pasted, deleted, or written by a script; its change
+    tells of what an action wrote, too.
+    """
+    return box.change if MODERN else box.input
+
+
 def _unannotated(action: Callable[..., Any]) -> Callable[..., Any]:
     """The same without annotations: gradio 3 evaluates them, and some names are imported for types alone."""
     if inspect.isgeneratorfunction(action):
