@@ -22,6 +22,7 @@ from lib_lora.ui.block_series import Series
 from lib_lora.ui.exports import save_exports
 from lib_lora.ui.generate import MOST_PIXELS, MOST_STEPS
 from lib_lora.ui.inspection import plot_panel
+from lib_lora.ui.latest import Latest
 from lib_lora.ui.loaded import loaded_model
 from lib_lora.ui.markup import job_status, message
 from lib_lora.ui.plot_words import plot_words
@@ -81,14 +82,15 @@ def build(page: Page) -> None:
         heat = gr.HTML(elem_id="prefuse-analyse-heat")
         blocks = _build_pictures(page, shown)
         slot = page.slot()
+        latest = Latest(slot)
 
         def analyse(name: str) -> Iterator[tuple[Any, ...]]:
-            slot.cancel()
-            for state in slot.run(lambda _: _analysed(page, name)):
+            for state in latest.run(lambda _: _analysed(page, name)):
+                told = gr.update() if state is None else job_status(page.texts, state)
                 found = (gr.update(),) * 4
-                if state.result is not None:
+                if state is not None and state.result is not None:
                     found = (state.result, _heat(page, state.result), _choices(state.result), gr.update(visible=False))
-                yield (job_status(page.texts, state), *found)
+                yield (told, *found)
 
         def save(analysed: Analysed | None) -> tuple[Any, Any]:
             paths, error = attempt("an export of the page", lambda: _save_heat(page, analysed))

@@ -12,6 +12,7 @@ from lib_lora.core.saving import no_progress
 from lib_lora.errors import JobError, ModelError
 from lib_lora.tools.inspect import inspect_file
 from lib_lora.ui.inspection import inspection_panel
+from lib_lora.ui.latest import Latest
 from lib_lora.ui.loaded import loaded_model
 from lib_lora.ui.markup import job_status, message
 from lib_lora.ui.metadata_editor import Edited, changes_panel
@@ -41,6 +42,7 @@ def build(page: Page) -> None:
         status, panel = gr.HTML(), gr.HTML(elem_id="prefuse-inspect-panel")
         editor = _Editor(page, edited, panel)
         slot = page.slot()
+        latest = Latest(slot)
         sources = [lora, model, file]
         outputs = [status, edited, panel, *editor.shown, *sources]
 
@@ -48,12 +50,14 @@ def build(page: Page) -> None:
             others = tuple(gr.update() if one is source else gr.update(value=None) for one in sources)
 
             def inspect(value: Any) -> Iterator[tuple[Any, ...]]:
-                slot.cancel()
-                for state in slot.run(lambda progress: inspected(page, find(value), progress, is_copy=source is file)):
+                for state in latest.run(
+                    lambda progress: inspected(page, find(value), progress, is_copy=source is file)
+                ):
+                    told = gr.update() if state is None else job_status(page.texts, state)
                     updates = (gr.update(),) * (len(outputs) - 1)
-                    if state.result is not None:
+                    if state is not None and state.result is not None:
                         updates = (*editor.updates(state.result), *others)
-                    yield (job_status(page.texts, state), *updates)
+                    yield (told, *updates)
 
             listen(event, inspect, [source], outputs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,8 @@ from lib_lora.report import RefusedLora, SessionReport
 from lib_lora.tools.analyse import analyse_blocks
 from lib_lora.ui.block_series import Series
 from lib_lora.ui.exports import save_exports
+from lib_lora.ui.jobs import Jobs, Slot
+from lib_lora.ui.latest import Latest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -151,3 +154,24 @@ def test_exports_stay_in_their_folder_under_free_names(tmp_path: Path, title: st
     assert [path.suffix for path in first] == [".csv", ".png"]
     assert second[0].stem == second[1].stem != first[1].stem
     assert [path.read_bytes() for path in (first[1], *second)] == [b"2", b"3", b"4"]
+
+
+def test_a_newer_choice_silences_the_one_before() -> None:
+    latest = Latest(Slot(Jobs()))
+    begun, go = threading.Event(), threading.Event()
+
+    def first(progress: Progress) -> str:
+        begun.set()
+        go.wait(10)
+        progress(1, 2)
+        return "first"
+
+    older = latest.run(first)
+    assert next(older) is not None
+    assert begun.wait(10)
+    newer = latest.run(lambda _: "second")
+    assert next(newer) is not None
+    go.set()
+    assert [state for state in older if state is not None] == []
+    states = [state for state in newer if state is not None]
+    assert states[-1].result == "second"
