@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
     from tests.browser import Browser
 
-TABS = '#prefuse-tabs [role="tablist"] button, #prefuse-tabs > .tab-nav > button'
-"""Gradio 6 has a tablist, gradio 3 a bar."""
+TABS = (
+    '#prefuse-tabs [role="tablist"] button, #prefuse-tabs .overflow-dropdown button, #prefuse-tabs > .tab-nav > button'
+)
+"""Gradio 6 has a tablist, with a menu of those that have no room; gradio 3 a bar."""
 OPTIONS = '[role="option"], ul.options > li'
 JOB = ".prefuse-job"
 OPENINGS = 5
@@ -41,7 +43,7 @@ class PageDriver:
 
     def sub_tab(self, title: str) -> None:
         """Open a sub-tab by its words."""
-        found = _by_text(TABS, title)
+        found = _by_text(TABS, title, "!one.closest('[aria-hidden=true]')")
         self.wait(f"!!{found}")
         self.run(f"{found}.click()")
 
@@ -132,9 +134,9 @@ def place(key: str) -> str:
     return f"#prefuse-{key.replace('.', '-').replace('_', '-')}"
 
 
-def _by_text(selector: str, text: str) -> str:
+def _by_text(selector: str, text: str, which: str = "one.offsetParent") -> str:
     """The visible element with just that text; gradio puts a tick before what is chosen."""
     return (
         f"[...document.querySelectorAll({json.dumps(selector)})]"
-        f".find((one) => one.offsetParent && one.textContent.replace('✓', '').trim() === {json.dumps(text)})"
+        f".find((one) => {which} && one.textContent.replace('✓', '').trim() === {json.dumps(text)})"
     )
