@@ -114,3 +114,7 @@ class RequestError(PrefuseError):
 
 class JobError(PrefuseError):
     """A job on files was asked for in a way that can not be done."""
+
+
+class CompileError(PrefuseError):
+    """A model can not be compiled here, or would draw something else; it computes eagerly."""

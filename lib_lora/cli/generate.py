@@ -31,6 +31,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, help="in pixels (default: the model's own)")
     add("--sampler", default="Euler a", help="the WebUI's name (default: Euler a)")
     add("--mode", choices=("prefuse", "hook"), default="prefuse", help="into the weights, or beside them")
+    add("--compile", choices=("off", "inductor"), default="off", help="in the background; steps are eager until then")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
     add("--prediction", choices=("auto", "epsilon", "v"), default="auto", help="what an SD2 file's UNet predicts")
@@ -57,14 +58,20 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
         raise RequestError(f"{out} exists; choose another --out, or --force to replace it.")
     loaded, session = _load(arguments)
     start = time.perf_counter()
-    with bar("drawing", "step") as progress:
-        picture = generate(loaded, session, request, progress=progress)[0]
+    try:
+        with bar("drawing", "step") as progress:
+            picture = generate(loaded, session, request, progress=progress)[0]
+        status = loaded.handle.status
+    finally:
+        loaded.handle.release()
     seconds = time.perf_counter() - start
     out.parent.mkdir(parents=True, exist_ok=True)
     save_bytes(out, png_bytes(picture.image, picture.infotext), overwrite=arguments.force)
     data = {"out": str(out), "seconds": seconds, "notes": loaded.notes, "infotext": str(picture.infotext)}
     data |= {"parameters": dict(picture.infotext.parameters), "report": picture.report.to_dict()}
-    lines = (*loaded.notes, str(picture.report), f"{out} in {seconds:.1f} s")
+    data |= {"compile": status.to_dict()}
+    lines = [*loaded.notes, str(picture.report), *([str(status)] if arguments.compile != "off" else [])]
+    lines.append(f"{out} in {seconds:.1f} s")
     tell(data, "\n".join(lines), as_json=arguments.json)
 
 
@@ -75,6 +82,6 @@ def _load(arguments: argparse.Namespace) -> tuple[LoadedModel, LoraSession]:
 
     catalog = LoraCatalog(found_folders(arguments.lora_dir or (), arguments.model))
     names = ("device", "dtype", "mode")
-    options = {name: getattr(arguments, name) for name in names}
+    options = {name: getattr(arguments, name) for name in names} | {"compiler": arguments.compile}
     loading = {"tokenizer": arguments.tokenizer, "prediction": arguments.prediction}
     return open_session(arguments.model, catalog, loading=loading, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib_lora.catalog import LoraCatalog
+from lib_lora.compile.choose import OFF, prepare_by_name
 from lib_lora.core.saving import save_bytes
 from lib_lora.errors import ModelError
 from lib_lora.hosts.host import Picture
@@ -107,8 +109,10 @@ class StandaloneHost:
             raise ModelError(f"There is no model {name!r}; there are {', '.join(models)}.")
         with self._lock:
             if name != self._name or self._loaded is None:
-                self._loaded = self._open(DEMO if models[name] == MODEL_DIR else str(models[name]))
-                self._name = name
+                opened = self._open(DEMO if models[name] == MODEL_DIR else str(models[name]))
+                if self._loaded is not None:
+                    self._loaded[0].handle.release()
+                self._loaded, self._name = opened, name
 
     def keymap(self) -> KeyMap | None:
         """Layers of the loaded model; None before the first picture."""
@@ -136,6 +140,7 @@ class StandaloneHost:
         """Base weights back, memory free."""
         with self._lock:
             if self._loaded is not None:
+                self._loaded[0].handle.release()
                 self._loaded[1].unload()
             self._loaded = None
 
@@ -175,6 +180,7 @@ def open_session(
     device: str = "auto",
     dtype: str = "auto",
     mode: Mode = "prefuse",
+    compiler: str = OFF,
     loading: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[LoadedModel, LoraSession]:
     """A model and the session that works on it.
@@ -186,12 +192,14 @@ def open_session(
         device: As of `load_pipeline`.
         dtype: As of `load_pipeline`.
         mode: ``prefuse`` or ``hook``.
+        compiler: What the UNet is compiled with: one of `BACKENDS`, or ``off``.
         loading: Further options of `load_pipeline`.
 
     Raises:
         ModelError: If there is no such model, or it is not one that pictures can be made with.
         FileError: If a file can not be read.
     """
+    from lib_lora.hosts.standalone.cache import cache_file
     from lib_lora.hosts.standalone.loading import DEMO_THREADS, load_pipeline
     from lib_lora.pipelines import pipeline_components
     from lib_lora.session import LoraSession
@@ -200,9 +208,17 @@ def open_session(
         torch.set_num_threads(DEMO_THREADS)
     loaded = load_pipeline(model, device, dtype, **loading)
     components = pipeline_components(loaded.pipe)
-    session = LoraSession(components, catalog, mode=mode, checkpoint=loaded.files or None, presets=presets)
-    session.may_hook = True  # nothing here is compiled
-    return loaded, session
+    handle = prepare_by_name(loaded.pipe.unet, compiler, cache_file("compiled"))
+    session = LoraSession(
+        components,
+        catalog,
+        mode=mode,
+        checkpoint=loaded.files or None,
+        presets=presets,
+        on_weights_changed=handle.weights_changed,
+    )
+    session.may_hook = not handle.status.blocks
+    return replace(loaded, handle=handle), session
 
 
 def next_free(folder: Path, seed: str | int) -> Path:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lib_lora.compile.eager import EagerHandle
 from lib_lora.core.model_folder import weight_files
 from lib_lora.core.pickles import convert_pickle
 from lib_lora.errors import ModelError, PickleRefusedError
@@ -21,6 +22,7 @@ from lib_lora.hosts.standalone.libraries import diffusers_class, dtype_option, h
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lib_lora.compile.protocol import Handle
     from lib_lora.hosts.standalone.checkpoints import Prediction
 
 DEMO = "demo"
@@ -54,6 +56,7 @@ class LoadedModel:
         hashed: The file that stands for the model in the infotext.
         scheduler: Configuration of the scheduler that came with the model.
         notes: What loading found out.
+        handle: What its UNet runs on.
     """
 
     pipe: Any
@@ -62,6 +65,7 @@ class LoadedModel:
     hashed: Path
     scheduler: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    handle: Handle = field(default_factory=EagerHandle)
 
     @cached_property
     def short_hash(self) -> str:

@@ -1,0 +1,1 @@
+"""Models that run compiled, and whose LoRAs are switched without compiling again."""

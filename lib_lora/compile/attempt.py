@@ -1,0 +1,54 @@
+"""Trying what can fail in any way: compilers raise whatever their many parts raise."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from lib_lora.core.memory import OUT_OF_MEMORY
+from lib_lora.errors import CompileError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong.
+
+    Attributes:
+        reason: A clause.
+        is_general: Whether it would go wrong with every other block too: memory is short, or we refused.
+    """
+
+    reason: str
+    is_general: bool = False
+
+
+def attempt(action: Callable[[], Result]) -> Result | Failure:
+    """The result of `action`, or why there is none; the traceback goes to the log."""
+    try:
+        return action()
+    except OUT_OF_MEMORY as error:
+        return Failure(f"memory ran out: {_first_line(error)}", is_general=True)
+    except Exception as error:  # a compiler's
+        logger.info("compiled code failed", exc_info=True)
+        ours = next((cause for cause in _causes(error) if isinstance(cause, CompileError)), None)
+        return Failure(str(ours), is_general=True) if ours else Failure(_first_line(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what torch wrapped in it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or getattr(error, "inner_exception", None) or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split("\n\n")[0].split())
+    return text[:300] or type(error).__name__
