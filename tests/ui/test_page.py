@@ -34,7 +34,10 @@ TOOLTIPS = f"""(() => {{
     }}
     return [controls.length, controls.filter((one) => one.title !== hints[one.id]).map((one) => one.id)];
 }})()"""
-HARMFUL = "[onerror], [onload], [onmouseover], [src=x], #prefuse iframe:not([src='about:blank']), #prefuse object, #prefuse embed, #prefuse marquee"
+HARMFUL = (
+    "[onerror], [onload], [onmouseover], [src=x], #prefuse iframe:not([src='about:blank']), "
+    "#prefuse object, #prefuse embed, #prefuse marquee"
+)
 LETTERS = 100
 """Of a text, in a file's name."""
 FIELDS = ("ss_output_name", "ss_base_model_version", "ss_sd_model_name", "modelspec.title", "ss_network_module")
