@@ -58,9 +58,9 @@ class PresetForm:
 
         return self._done(rename, name.strip())
 
-    def chosen(self, preset: str | None) -> list[Any]:
-        """Another preset: its name can be changed, and it is not the one that was to be deleted."""
-        return [preset or "", "", gr.update(visible=False)]
+    def chosen(self) -> list[Any]:
+        """Another preset: it is not the one that was to be deleted."""
+        return ["", gr.update(visible=False)]
 
     def asked(self, preset: str | None) -> list[Any]:
         """Whether it shall be deleted; the second click says it."""
@@ -173,4 +173,4 @@ class PresetControls(NamedTuple):
         listen(self.sure.click, form.deleted, [controls.preset], outputs)
         listen(self.upload.upload, form.imported, [self.upload], outputs)
         listen(self.export.click, form.exported, [], [self.shown, self.link])
-        listen(controls.preset.input, form.chosen, [controls.preset], [self.name, self.note, self.sure], quick=True)
+        listen(controls.preset.input, form.chosen, [], [self.note, self.sure], quick=True)
