@@ -34,12 +34,18 @@ def attempt(action: Callable[[], Result]) -> Result | Failure:
     """The result of `action`, or why there is none; the traceback goes to the log."""
     try:
         return action()
-    except OUT_OF_MEMORY as error:
-        return Failure(f"memory ran out: {_first_line(error)}", is_general=True)
-    except Exception as error:  # a compiler's
+    except Exception as error:
         logger.info("compiled code failed", exc_info=True)
-        ours = next((cause for cause in _causes(error) if isinstance(cause, CompileError)), None)
-        return Failure(str(ours), is_general=True) if ours else Failure(_first_line(error))
+        return _failure(error)
+
+
+def _failure(error: Exception) -> Failure:
+    for cause in _causes(error):
+        if isinstance(cause, CompileError):
+            return Failure(str(cause), is_general=True)
+        if isinstance(cause, OUT_OF_MEMORY):
+            return Failure(f"memory ran out: {_first_line(cause)}", is_general=True)
+    return Failure(_first_line(error))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

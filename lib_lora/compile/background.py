@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,9 +25,9 @@ class Background:
         self._is_running = False
 
     def add(self, job: Callable[[], None]) -> None:
-        """Do it when those before are done."""
+        """Do it when those before are done, in the context of the caller: torch keeps its configuration there."""
         with self._changed:
-            self._jobs.append(job)
+            self._jobs.append(partial(copy_context().run, job))
             if not self._is_running:
                 self._is_running = True
                 threading.Thread(target=self._work, name="prefuse-compile").start()

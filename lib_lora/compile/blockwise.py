@@ -117,6 +117,8 @@ class BlockwiseHandle:
 
     def _fail(self, block: Block, failure: Failure) -> None:
         """One block computes eagerly from now on; all of them, if the first fails or the others would too."""
+        if block.reason:
+            return  # it was released meanwhile
         sentence = f"{block.name} runs eagerly, for {failure.reason}"
         logger.warning("%s: %s", self._name, sentence)
         works = any(other.built or other.trusted for other in self._blocks if other is not block)

@@ -149,9 +149,13 @@ def _surroundings(module: nn.Module) -> Surroundings:
 
 
 def _autocast(device: str) -> torch.dtype | None:
-    if device == "cpu":
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
-    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+    """The dtype of the autocast that is on for a kind of device."""
+    torch_ = cast("Any", torch)
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch_.get_autocast_dtype(device) if torch_.is_autocast_enabled(device) else None
+    if device == "cpu":  # torch before 2.4
+        return torch_.get_autocast_cpu_dtype() if torch_.is_autocast_cpu_enabled() else None
+    return torch_.get_autocast_gpu_dtype() if torch_.is_autocast_enabled() else None
 
 
 @contextmanager
