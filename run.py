@@ -32,7 +32,7 @@ COMMANDS = {
     ),
 }
 PINS_OPTION, PINS_FILES, PINS_VENV = "--webui-pins", ("requirements-webui.txt",), ".venv-webui"
-PINS_TESTS = ("tests/webui", "tests/unit", "tests/property", "tests/faults", "-m", "not newest")
+PINS_TESTS = ("tests/webui", "tests/unit", "tests/property", "tests/faults", "tests/ui", "-m", "not newest")
 USAGE = """usage: python run.py COMMAND [options]
 
   demo    pictures of the embedded model, with and without LoRAs, and a table of timings

@@ -29,7 +29,7 @@ from lib_lora.ui.plot_words import plot_words
 from lib_lora.ui.versions import listen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from PIL.Image import Image
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lib_lora.tools.analyse_pictures import Change, PictureAnalysis
     from lib_lora.tools.plots.style import Plot
     from lib_lora.tools.plots.words import Words
+    from lib_lora.ui.jobs import JobState, Slot
     from lib_lora.ui.page import Page
 
 THUMBNAIL = 320
@@ -117,30 +118,55 @@ def _build_pictures(page: Page, shown: Any) -> Any:
     files = page.add(gr.File, "analyse.sheet", file_count="multiple", interactive=False, visible=False)
     pictures = gr.HTML(elem_id="prefuse-analyse-pictures")
 
-    def draw(analysed: Analysed | None, prompt: str, chosen: list[str], *values: Any) -> Iterator[tuple[Any, ...]]:
-        made: list[tuple[str, Image]] = []
-        count = 0
+    drawing = _Drawing(page, slot)
+    page.run_jobs(
+        start.click,
+        slot,
+        drawing.work_of,
+        drawing.shown,
+        [shown, prompt, blocks, *settings],
+        [status, pictures, files],
+    )
+    listen(interrupt.click, slot.cancel, quick=True)
+    return blocks
+
+
+class _Drawing:
+    """Pictures that are shown while others are made."""
+
+    def __init__(self, page: Page, slot: Slot) -> None:
+        self._page = page
+        self._slot = slot
+        self._made: list[tuple[str, Image]] = []
+        self._count = 0
+
+    def work_of(
+        self, analysed: Analysed | None, prompt: str, chosen: list[str], *values: Any
+    ) -> Callable[[Progress], tuple[PictureAnalysis, list[Path]]]:
+        """What is to be done of a form."""
+        page = self._page
 
         def work(progress: Progress) -> tuple[PictureAnalysis, list[Path]]:
             if analysed is None:
                 raise JobError(page.texts("analyse.choose"))
+            self._made = made = []
             series = Series.of(analysed.tag_name, analysed.analysis, chosen, *values)
             found = series.draw(page.host, prompt, made, progress)
             return found, _save_pictures(page, analysed, found)
 
-        for state in slot.run(work):
-            told, shown, saved = job_status(page.texts, state), gr.update(), gr.update()
-            if len(made) != count:
-                shown, count = _grid(_picture(page, *one) for one in made), len(made)
-            if state.result is not None:
-                found, paths = state.result
-                note, saved = _exported(page, paths)
-                told, shown = told + note, _found(page, found)
-            yield told, shown, saved
+        return work
 
-    listen(start.click, draw, [shown, prompt, blocks, *settings], [status, pictures, files])
-    listen(interrupt.click, slot.cancel, quick=True)
-    return blocks
+    def shown(self, state: JobState[tuple[PictureAnalysis, list[Path]]]) -> tuple[Any, ...]:
+        """State, pictures and files."""
+        page, made = self._page, list(self._made)
+        told, shown, saved = page.job_told(self._slot, state), gr.update(), gr.update()
+        if len(made) != self._count:
+            shown, self._count = _grid(_picture(page, *one) for one in made), len(made)
+        if state.result is not None:
+            found, paths = state.result
+            note, saved = _exported(page, paths)
+            told, shown = told + note, _found(page, found)
+        return told, shown, saved
 
 
 def _settings(page: Page) -> list[Any]:

@@ -12,17 +12,18 @@ from lib_lora.errors import JobError
 from lib_lora.hosts.host import SEEDS, GenerateRequest
 from lib_lora.tools.analyse_pictures import compare_pair
 from lib_lora.ui.block_view import Form
-from lib_lora.ui.markup import job_status, message, report_lines
+from lib_lora.ui.markup import message, report_lines
 from lib_lora.ui.versions import listen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from lib_lora.core.saving import Progress
     from lib_lora.hosts.host import Host, Picture
     from lib_lora.tools.analyse_pictures import Change
     from lib_lora.ui.block_view import BlockView
     from lib_lora.ui.block_weights import Controls
+    from lib_lora.ui.jobs import JobState, Slot
     from lib_lora.ui.page import Page
 
 MOST_STEPS = 150
@@ -95,8 +96,13 @@ class CompareForm:
         """End it."""
         self._slot.cancel()
 
-    def drawn(self, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """How far it is, and then the pictures and their difference."""
+    @property
+    def slot(self) -> Slot:
+        """Where it is drawn."""
+        return self._slot
+
+    def work_of(self, *values: Any) -> Callable[[Progress], tuple[Pair, int]]:
+        """What is to be done of the form's values."""
         prompt, seed, steps, left, right, *rest = values
         form = Form(*rest)
         seed = secrets.randbelow(SEEDS) if seed is None or seed < 0 else int(seed)
@@ -104,13 +110,16 @@ class CompareForm:
         def request(tag: str) -> GenerateRequest:
             return GenerateRequest(prompt=f"{prompt} {tag}".strip(), steps=int(steps), seed=seed)
 
-        def work(progress: Progress) -> Pair:
+        def work(progress: Progress) -> tuple[Pair, int]:
             tags = self._tag(form, left), self._tag(form, right)
-            return draw_pair(self._page.host, request, (left, right), tags, progress)
+            return draw_pair(self._page.host, request, (left, right), tags, progress), seed
 
-        for state in self._slot.run(work):
-            shown = (gr.update(), gr.update()) if state.result is None else self._result(state.result, seed)
-            yield (job_status(self._texts, state), *shown)
+        return work
+
+    def shown(self, state: JobState[tuple[Pair, int]]) -> tuple[Any, ...]:
+        """How far it is, and then the pictures and their difference."""
+        shown = (gr.update(), gr.update()) if state.result is None else self._result(*state.result)
+        return (self._page.job_told(self._slot, state), *shown)
 
     def _tag(self, form: Form, side: str) -> str:
         if side == self.none:
@@ -161,6 +170,7 @@ def build(page: Page, view: BlockView, controls: Controls) -> Sequence[tuple[Any
             status = gr.HTML()
             gallery = page.add(gr.Gallery, "blocks.gallery", columns=3, object_fit="contain")
             told = gr.HTML()
-    listen(start.click, form.drawn, [prompt, seed, steps, left, right, *controls], [status, gallery, told])
+    inputs = [prompt, seed, steps, left, right, *controls]
+    page.run_jobs(start.click, form.slot, form.work_of, form.shown, inputs, [status, gallery, told])
     listen(stop.click, form.cancel, quick=True)
     return [(left, form.names), (right, form.names)]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lib_lora.core.saving import Progress
     from lib_lora.hosts.host import Picture
+    from lib_lora.ui.jobs import JobState
     from lib_lora.ui.page import Page
 
 MOST_STEPS = 150
@@ -108,16 +109,18 @@ def _drawing(page: Page, controls: dict[str, Any], buttons: tuple[Any, Any], out
     slot = page.slot()
     start, stop = buttons
 
-    def draw(*values: Any) -> Iterator[tuple[Any, ...]]:
+    def work_of(*values: Any) -> Callable[[Progress], tuple[list[Picture], int]]:
         def work(progress: Progress) -> tuple[list[Picture], int]:
             request = _request(**dict(zip(FIELDS, values, strict=True)))
             return page.host.generate(request, progress), request.seed
 
-        for state in slot.run(work):
-            shown = (gr.update(),) * 3 if state.result is None else _shown(page, *state.result)
-            yield (job_status(page.texts, state), *shown)
+        return work
 
-    listen(start.click, draw, [controls[field] for field in FIELDS], outputs)
+    def shown(state: JobState[tuple[list[Picture], int]]) -> tuple[Any, ...]:
+        pictures = (gr.update(),) * 3 if state.result is None else _shown(page, *state.result)
+        return (page.job_told(slot, state), *pictures)
+
+    page.run_jobs(start.click, slot, work_of, shown, [controls[field] for field in FIELDS], outputs)
     listen(stop.click, slot.cancel, quick=True)
 
 

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from lib_lora.ui.jobs import Jobs, Slot
+from lib_lora.ui.markup import job_status, message
 from lib_lora.ui.texts import Texts, language_of
 from lib_lora.ui.versions import launch, listen, new_blocks
 from lib_lora.ui.words import PROMPT, told_words
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
+    from lib_lora.core.saving import Progress
     from lib_lora.hosts.host import Host
+    from lib_lora.ui.jobs import JobState
 
-ROOT = Path(__file__).parent.parent.parent
-SCRIPTS = "prefuse_tab*.js"
-STYLE = ROOT / "style.css"
+BROWSER = Path(__file__).parent / "browser"
+"""Scripts and style; the same in the WebUI, which loads nothing of it by itself."""
 TEXT_KINDS = (gr.Button, gr.DownloadButton) if hasattr(gr, "DownloadButton") else (gr.Button,)
 """Components whose words are their value."""
 
@@ -119,6 +121,46 @@ class Page:
         if self._first is not None:
             listen(blocks.load, self._first[0], (), self._first[1])
 
+    def run_jobs(
+        self,
+        event: Callable[..., Any],
+        slot: Slot,
+        work_of: Callable[..., Callable[[Progress], Any]],
+        shown: Callable[[JobState[Any]], tuple[Any, ...]],
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+    ) -> Any:
+        """Begin a job at an event and show it and those that wait behind it, one after the other.
+
+        Args:
+            event: Such as ``button.click``.
+            slot: Where the jobs run.
+            work_of: The values of `inputs` → what is to be done.
+            shown: How far a job is → the values of `outputs`.
+            inputs: Components.
+            outputs: Components.
+
+        Returns:
+            What ``then`` can be called on.
+        """
+
+        def begin(*values: Any) -> None:
+            slot.start(work_of(*values))
+
+        def follow() -> Iterator[tuple[Any, ...]]:
+            for state in slot.follow():
+                yield shown(state)
+
+        # Two events, for gradio 3 lets nobody click again before the first event has ended.
+        begun = listen(event, begin, inputs, quick=True)
+        return listen(begun.then, follow, (), outputs)
+
+    def job_told(self, slot: Slot, state: JobState[Any]) -> str:
+        """How far a job is, and whether others of its form wait for it."""
+        waiting = slot.count("waiting") if state.phase == "running" else 0
+        more = self.texts("job.queued", count=waiting) if waiting else ""
+        return job_status(self.texts, state) + message(more)
+
     def complete_prompts(self) -> None:
         """Let the page's script have what can be written in tags, as soon as a prompt gets the focus."""
         known, told = gr.State(""), gr.HTML(elem_id="prefuse-words")
@@ -141,7 +183,7 @@ def build(host: Host, language: str, jobs: Jobs | None = None) -> gr.Blocks:
     from lib_lora.ui import analyse, block_weights, generate, inspect, workshop
 
     page = Page(host, Texts(language_of(language)), jobs)
-    with new_blocks(style()) as blocks, gr.Column(elem_id="prefuse"):
+    with new_blocks() as blocks, gr.Column(elem_id="prefuse"):
         with gr.Tabs(elem_id="prefuse-tabs"):
             if host.can_draw:
                 generate.build(page)
@@ -149,7 +191,8 @@ def build(host: Host, language: str, jobs: Jobs | None = None) -> gr.Blocks:
             analyse.build(page)
             workshop.build(page)
             inspect.build(page)
-        gr.HTML(page.data(), elem_id="prefuse-data")
+        gr.HTML(f"<style>{style()}</style>{page.data()}", elem_id="prefuse-data")
+        listen(blocks.load, None, js=script())
         page.complete_prompts()
         page.fill(blocks)
     return blocks
@@ -170,17 +213,18 @@ def open_page(blocks: gr.Blocks, host: Host, address: str, port: int) -> str:
     Raises:
         OSError: If the port is taken.
     """
-    with blocks:
-        listen(blocks.load, None, js=script())
-    return launch(blocks, style(), address=address, port=port, folders=[str(host.picture_folder)])
+    return launch(blocks, address=address, port=port, folders=[str(host.picture_folder)])
 
 
 def script() -> str:
-    """The page's scripts as a function of the browser; the WebUI loads the files itself."""
-    files = sorted((ROOT / "javascript").glob(SCRIPTS))
-    return "() => {{ {} }}".format("\n".join(file.read_text(encoding="utf-8") for file in files))
+    """The page's scripts as a function of the browser."""
+    return "() => {{ {} }}".format("\n".join(_read("*.js")))
 
 
 def style() -> str:
-    """The page's style; the WebUI loads the file itself."""
-    return STYLE.read_text(encoding="utf-8")
+    """The page's style."""
+    return "\n".join(_read("*.css"))
+
+
+def _read(pattern: str) -> list[str]:
+    return [file.read_text(encoding="utf-8") for file in sorted(BROWSER.glob(pattern))]

@@ -80,19 +80,16 @@ def uploaded(value: Any) -> Path:
     return Path(getattr(value, "name", value))
 
 
-def new_blocks(css: str) -> gr.Blocks:
+def new_blocks() -> gr.Blocks:
     """An empty page that asks no other computer for anything."""
-    # Gradio's own fonts would come from the network.
-    look = {"css": css, "theme": Default(font=FONTS, font_mono=MONO_FONTS)}
-    return gr.Blocks(title="Prefuse", analytics_enabled=False, **({} if MODERN else look))
+    return gr.Blocks(title="Prefuse", analytics_enabled=False, **({} if MODERN else _look()))
 
 
-def launch(blocks: gr.Blocks, css: str, *, address: str, port: int, folders: Sequence[str]) -> str:
+def launch(blocks: gr.Blocks, *, address: str, port: int, folders: Sequence[str]) -> str:
     """Serve the page.
 
     Args:
         blocks: The page.
-        css: Its style.
         address: To listen at.
         port: 0 for any that is free.
         folders: Whose files the page may show.
@@ -106,10 +103,14 @@ def launch(blocks: gr.Blocks, css: str, *, address: str, port: int, folders: Seq
     options: dict[str, Any] = {"server_name": address, "quiet": True, "prevent_thread_lock": True, "share": False}
     options |= {"server_port": port or None, "allowed_paths": [*folders], "inbrowser": False}
     if MODERN:
-        look = {"css": css, "theme": Default(font=FONTS, font_mono=MONO_FONTS)}
-        options |= {**look, "ssr_mode": False, "footer_links": []}
+        options |= {**_look(), "ssr_mode": False, "footer_links": []}
     else:
         options |= {"show_api": False}
         queue: dict[str, Any] = {"api_open": False, "concurrency_count": CONCURRENT}
         blocks.queue(**queue)
     return blocks.launch(**options)[1]
+
+
+def _look() -> dict[str, Any]:
+    """The usual one, without fonts that would come from the network."""
+    return {"theme": Default(font=FONTS, font_mono=MONO_FONTS)}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from lib_lora.prompt.tags import writable_name
-from lib_lora.ui.markup import copyable, job_status, message
+from lib_lora.ui.markup import copyable, message
 from lib_lora.ui.outcome import MOST_ROWS, outcome_panel
 from lib_lora.ui.versions import listen
 from lib_lora.ui.words import PROMPT
@@ -16,7 +17,7 @@ from lib_lora.ui.workshop_forms import NONE
 from lib_lora.ui.workshop_jobs import FORMS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from lib_lora.core.saving import Progress
     from lib_lora.tools.outcome import Outcome
@@ -133,10 +134,9 @@ class _Sheet:
         """Say what happens when; after all forms are there, for a result can be chosen in each of them."""
         fields = [self._fields[one.name] for one in self._form.fields]
         answers, result = [self._name, self._replace, *fields], [self._status, self._panel, self._use, self._made]
-        for button, action in ((self._start, self._write), (self._preview, self._try)):
-            # Two events, for gradio 3 lets nobody click again before the first event has ended.
-            begun = listen(button.click, action, answers, quick=True)
-            ended = listen(begun.then, self._follow, (), result)
+        for button, preview in ((self._start, False), (self._preview, True)):
+            work_of = partial(self._work_of, preview=preview)
+            ended = self._page.run_jobs(button.click, self._slot, work_of, self._told, answers, result)
             listen(ended.then, self._page.refreshed(), (), self._page.choices)
         listen(self._stop.click, self._slot.cancel, quick=True)
         listen(self._use.click, self._use_model, [self._made], [self._status])
@@ -155,13 +155,7 @@ class _Sheet:
         shown = [gr.update(visible=one.counts(given)) for one in self._form.fields if one.when]
         return (new if name in ("", suggested) else gr.update(), new, *shown)
 
-    def _write(self, *answers: Any) -> None:
-        self._begin(*answers, preview=False)
-
-    def _try(self, *answers: Any) -> None:
-        self._begin(*answers, preview=True)
-
-    def _begin(self, name: str, replace: bool, *values: Any, preview: bool) -> None:
+    def _work_of(self, name: str, replace: bool, *values: Any, preview: bool) -> Callable[[Progress], Outcome]:
         host, given = self._page.host, self._values(values)
 
         def work(progress: Progress) -> Outcome:
@@ -170,18 +164,11 @@ class _Sheet:
                 host.catalog.refresh()
             return made
 
-        self._slot.start(work)
+        return work
 
-    def _follow(self) -> Iterator[tuple[Any, ...]]:
-        for state in self._slot.follow():
-            shown = (gr.update(),) * 3 if state.result is None else self._shown(state.result)
-            yield self._told(state), *shown
-
-    def _told(self, state: JobState[Any]) -> str:
-        """How far a job is, and whether others of this form wait for it."""
-        waiting = self._slot.count("waiting") if state.phase == "running" else 0
-        more = self._page.texts("job.queued", count=waiting) if waiting else ""
-        return job_status(self._page.texts, state) + message(more)
+    def _told(self, state: JobState[Outcome]) -> tuple[Any, ...]:
+        shown = (gr.update(),) * 3 if state.result is None else self._shown(state.result)
+        return self._page.job_told(self._slot, state), *shown
 
     def _shown(self, made: Outcome) -> tuple[Any, ...]:
         """The panel, the button that uses a model, and its name."""
@@ -202,7 +189,7 @@ class _Sheet:
     def _use_model(self, name: str) -> Iterator[Any]:
         for state in self._slot.run(lambda _: self._page.host.use_model(name)):
             words = self._page.texts("workshop.used", name=name)
-            yield message(words) if state.phase == "done" else self._told(state)
+            yield message(words) if state.phase == "done" else self._page.job_told(self._slot, state)
 
 
 def _with_tag(tags: str, lora: str | None, strength: float | None) -> str:

@@ -91,7 +91,7 @@ def test_a_second_click_waits_and_says_so(page: PageDriver) -> None:
     page.click("generate.start")
     page.wait(f"document.querySelector('{FORM} progress')?.value > 0")
     page.click("generate.start")
-    page.wait(f"/Waiting for 1/.test(document.querySelector('{FORM}').textContent)", 10)
+    page.wait(f"/1 more of this form/.test(document.querySelector('{FORM}').textContent)", 10)
     page.click("generate.stop")
     assert page.job_end(FORM, 10).startswith("Cancelled after")
 

@@ -12,9 +12,9 @@ import torch
 
 from lib_lora.core.keymap import KeyMap
 from lib_lora.prompt.tags import writable_name
+from tests.browser import NAMES, Browser, find_browser
 from tests.toys import write_lora
 from tests.webui.stand_in import ROOT
-from tests.browser import NAMES, Browser, find_browser
 
 MARK = "window.hit=1"
 ELEMENTS = ("img src=x", "svg", "body", "input autofocus", "video src=x", "audio src=x", "embed src=x", "object data=x")

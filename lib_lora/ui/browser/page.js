@@ -1,4 +1,4 @@
-// The page "Prefuse": tooltips, keys, copying. Loaded by the WebUI as a file, and by the page itself elsewhere.
+// The page "Prefuse": tooltips, keys, copying.
 
 (function() {
     const COPIED_MS = 1500;
