@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -95,14 +96,15 @@ class _BlockCompiler:
         self._copies = bool(options)
         self._graphs = 0
         self._builder: int | None = None
-        self._compiled: dict[str, Callable[..., Any]] = {}
+        # torch never forgets a backend, and this must not keep the model alive
+        self._compiled = WeakKeyDictionary["Block", "Callable[..., Any]"]()
 
     def build(self, block: Block, form: CallForm) -> Callable[..., Any]:
         """Warm a block up with a call of this form; all forms share one compiled function, which finds its graph."""
-        if block.name not in self._compiled:
+        if block not in self._compiled:
             own = _with_own_code(block.eager)
-            self._compiled[block.name] = cast("Any", torch).compile(own, backend=self._lower)
-        compiled = self._compiled[block.name]
+            self._compiled[block] = cast("Any", torch).compile(own, backend=self._lower)
+        compiled = self._compiled[block]
         args, kwargs = form.example()
         _mark_sizes((args, kwargs))
         self._builder = threading.get_ident()

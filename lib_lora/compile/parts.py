@@ -21,7 +21,7 @@ BLOCKS = (
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → block, in the order of the model; empty if it has none that we know."""
+    """Name → block, as the model lists them; empty if it has none that we know."""
     return dict(_blocks(model))
 
 

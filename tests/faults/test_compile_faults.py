@@ -89,7 +89,7 @@ def test_a_backend_that_fails_leaves_the_model_eager_and_says_why(error, words):
 
 def test_one_block_that_can_not_be_compiled_leaves_the_others_compiled():
     def picky(graph, inputs):
-        if not any("silu" in str(node.target).lower() for node in graph.graph.nodes):
+        if sum(node.op.startswith("call") for node in graph.graph.nodes) < 2:
             raise RuntimeError("plain layers are beneath me")
         return graph.forward
 
