@@ -105,6 +105,38 @@ def replacing(path: Path, size: int, overwrite: bool) -> Generator[TempFile]:
 
 
 @contextmanager
+def making_file(path: Path, size: int, overwrite: bool) -> Generator[Path]:
+    """A path for a library that writes files itself; what is there becomes `path` if the block ends well.
+
+    Args:
+        path: The file to be; the library is given the same name in a temporary folder beside it.
+        size: Bytes that will be written, about.
+        overwrite: Whether an older file is replaced.
+
+    Raises:
+        OutputError: As `replacing`.
+    """
+    try:
+        check_target(path, overwrite)
+        _remove_stale_temps(path.parent)
+        if shutil.disk_usage(path.parent).free < size:
+            raise OutputError(f"{shown(path)} was not saved: it needs {size / MEGABYTE:,.1f} MB, the disk is full")
+        folder = temporary_path(path.parent)
+        folder.mkdir()
+        try:
+            yield folder / path.name
+            check_target(path, overwrite)  # it may have come into being meanwhile
+            with (folder / path.name).open("rb+") as file:
+                os.fsync(file.fileno())
+            (folder / path.name).replace(path)
+            _sync_folder(path.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{shown(path)} was not saved: {reason_of(error)}") from error
+
+
+@contextmanager
 def making_folder(path: Path) -> Generator[Path]:
     """A temporary folder that becomes `path` if the block ends well, and is removed with all in it if not.
 
