@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import make_tiny, write_folder
+from torch._dynamo import config as dynamo_config
 from toys import c3lier, write_lora
 
 import lib_lora.__main__ as command_line
@@ -80,6 +81,24 @@ def test_generate_with_json_prints_nothing_else(generate, tmp_path):
     assert (code, stderr) == (0, "")
     assert data["report"]["applied"][0]["name"] == "ink"
     assert data["out"] == str(tmp_path / "a.png")
+
+
+def test_generate_says_how_far_compilation_is_and_why_it_was_given_up(generate, tmp_path):
+    disabled = dynamo_config.disable
+    dynamo_config.disable = True
+    try:
+        code, stdout, _ = generate(
+            "abc <lora:ink:0.5>", "--out", str(tmp_path / "c.png"), "--compile", "inductor", "--json"
+        )
+    finally:
+        dynamo_config.disable = disabled
+    status = json.loads(stdout)["compile"]
+    assert (code, status["backend"], status["blocks"]) == (0, "inductor", 9)
+    assert status["compiled"] == []
+    assert status["recompiles"] == 0
+    code, stdout, _ = generate("abc <lora:ink:0.5>", "--out", str(tmp_path / "e.png"), "--json")
+    assert json.loads(stdout)["compile"]["backend"] == "eager"
+    assert Image.open(tmp_path / "c.png").tobytes() == Image.open(tmp_path / "e.png").tobytes()
 
 
 def test_a_lora_changes_the_picture_and_both_modes_draw_the_same(generate, tmp_path):
