@@ -31,7 +31,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, help="in pixels (default: the model's own)")
     add("--sampler", default="Euler a", help="the WebUI's name (default: Euler a)")
     add("--mode", choices=("prefuse", "hook"), default="prefuse", help="into the weights, or beside them")
-    add("--compile", choices=("off", "inductor"), default="off", help="in the background; steps are eager until then")
+    add("--compile", choices=("off", "inductor", "tensorrt"), default="off", help="in the background; eager till then")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
     add("--prediction", choices=("auto", "epsilon", "v"), default="auto", help="what an SD2 file's UNet predicts")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lib_lora.compile.eager import EagerHandle
 from lib_lora.compile.inductor import Inductor
+from lib_lora.compile.tensorrt import TensorRT
 from lib_lora.errors import CompileError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from lib_lora.compile.protocol import Backend, Handle
 
 OFF = "off"
-BACKENDS = (Inductor.name,)
+BACKENDS = (Inductor.name, TensorRT.name)
 
 logger = logging.getLogger(__name__)
 
@@ -41,4 +42,5 @@ def prepare_by_name(model: nn.Module, name: str, cache: Path | None = None) -> H
     """
     if name == OFF:
         return EagerHandle()
-    return prepare(model, Inductor(cache / name if cache else None))
+    kind = TensorRT if name == TensorRT.name else Inductor
+    return prepare(model, kind(cache / name if cache else None))

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from lib_lora import __version__
+from lib_lora.compile.tensorrt_package import installed_version, why_unusable
 from lib_lora.hosts.standalone.vocabulary import find_vocabulary
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _compilers() -> Iterator[Finding]:
     yield Finding("C++ compiler", compiler or "none found", needs)
     if torch.cuda.is_available():
         yield _import_finding("triton", "torch.compile on a GPU needs triton, which comes with torch on Linux")
-    yield _import_finding("torch_tensorrt", "")
+    yield _tensorrt()
     yield Finding("compile backends", ", ".join(torch.compiler.list_backends()))
 
 
@@ -110,6 +111,13 @@ def _import_finding(module: str, advice: str) -> Finding:
     except Exception as error:  # noqa: BLE001 -- a broken build can raise anything when it loads its libraries
         return Finding(module, f"installed, but broken: {type(error).__name__}: {error}", f"reinstall {module}")
     return _version(module)
+
+
+def _tensorrt() -> Finding:
+    """Whether blocks can be compiled to engines; without a GPU the package is not imported, for that only fails."""
+    version = installed_version() or "not installed"
+    problem = why_unusable()
+    return Finding("torch_tensorrt", f"{version}, not usable" if problem else version, problem)
 
 
 def _vocabulary() -> Iterator[Finding]:
