@@ -7,7 +7,9 @@ latents are symbols in the graphs: another resolution is no other graph.
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -19,7 +21,6 @@ from lib_lora.errors import CompileError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from torch import Tensor, nn
     from torch.fx import GraphModule
@@ -71,8 +72,8 @@ class Inductor:
         _refuse_freezing()
         if self._options and not hasattr(torch.compiler, "cudagraph_mark_step_begin"):
             raise CompileError(f"torch {torch.__version__} is too old for CUDA graphs; compile without them.")
-        if self._cache is not None:
-            os.environ.setdefault(CACHE_VARIABLE, str(self._cache))
+        if self._cache is not None and _is_temporary(os.environ.get(CACHE_VARIABLE)):
+            os.environ[CACHE_VARIABLE] = str(self._cache)
         return BlockwiseHandle(model, self.name, _BlockCompiler(self._lowering or self._lower, self._options))
 
     def _lower(self, graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -105,11 +106,14 @@ class _BlockCompiler:
             own = _with_own_code(block.eager)
             self._compiled[block] = cast("Any", torch).compile(own, backend=self._lower)
         compiled = self._compiled[block]
+        from torch._dynamo import config
+
+        exempt = cast("Any", config).patch(error_on_recompile=False)  # no picture waits for this one
         args, kwargs = form.example()
         _mark_sizes((args, kwargs))
         self._builder = threading.get_ident()
         try:
-            with within(form.surroundings):
+            with within(form.surroundings), exempt:
                 compiled(*args, **kwargs)
         finally:
             self._builder = None
@@ -167,6 +171,11 @@ def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone()
     return type(value)(map(_copy, value)) if type(value) in (list, tuple) else value
+
+
+def _is_temporary(cache: str | None) -> bool:
+    """Whether nobody chose this folder: torch writes its own choice into the variable when it is first asked."""
+    return cache is None or Path(cache).parent == Path(tempfile.gettempdir())
 
 
 def _refuse_freezing() -> None:
