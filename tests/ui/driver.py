@@ -18,6 +18,7 @@ TABS = (
 """Gradio 6 has a tablist, with a menu of those that have no room; gradio 3 a bar."""
 OPTIONS = '[role="option"], ul.options > li'
 JOB = ".prefuse-job"
+OPTION = "option-of-the-test"
 OPENINGS = 5
 """How often a list is opened until it is filled."""
 
@@ -100,8 +101,9 @@ class PageDriver:
                 self.wait(f"!!{found}", 3)
                 break
             self.run("document.activeElement.blur()")
-        self.run(f"{found}.id = 'option-of-the-test', 0")
-        self.browser.click("#option-of-the-test")
+        self.run(f"document.getElementById('{OPTION}')?.removeAttribute('id')")  # of a list that is being closed
+        self.run(f"{found}.id = '{OPTION}', 0")
+        self.browser.click(f"#{OPTION}")
         self.wait(f"document.querySelector('{place(key)} input').value === {json.dumps(text)}", 5)
 
     def upload(self, key: str, path: Path) -> None:
