@@ -39,7 +39,8 @@ USAGE = """usage: python run.py COMMAND [options]
   serve   the page, in a browser of this computer: --model, --lora-dir, --port and more
   test    the tests of less than ten seconds each; options go to pytest (-m "": all of them;
           --webui-pins: those of the core and the extension, with the WebUI's versions)
-  bench   the benchmarks: --suite steps | switch | families | merge | resize | extract | files"""
+  bench   the benchmarks: --suite steps | switch | schedules | families | merge | resize | extract |
+          files | compile | page"""
 
 
 def unsupported(version: tuple[int, ...]) -> str | None:

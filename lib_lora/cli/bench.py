@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import argparse
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-SUITES = ("steps", "switch", "schedules", "families", "merge", "resize", "extract", "files", "compile")
+SUITES = ("steps", "switch", "schedules", "families", "merge", "resize", "extract", "files", "compile", "page")
 
 
 def options(parser: argparse.ArgumentParser) -> None:

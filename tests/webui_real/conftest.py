@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.browser import MISSING as NO_BROWSER
+from tests.browser import Browser, find_browser
 from tests.webui_real.make_controlnet import MISSING as NO_CONTROLNET
 from tests.webui_real.server import Answer, WebUI
 
@@ -97,3 +98,12 @@ def builtin(webui: WebUI) -> Callable[..., Answer]:
             return webui.draw(prompt, **changes)
 
     return draw
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    executable = find_browser()
+    assert executable
+    browser = Browser(executable, tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()

@@ -13,7 +13,7 @@ import pytest
 from tests.browser import MISSING, Browser, find_browser
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from tests.webui_real.server import WebUI
 
@@ -86,15 +86,6 @@ class Page:
         wanted = data["extra_generation_params"].get("Prefuse")
         browser.wait(f"!!{part} && {part} !== window.told" if wanted else f"!{part}", 5)
         return self.text(STATUS)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    executable = find_browser()
-    assert executable
-    browser = Browser(executable, tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture
