@@ -198,7 +198,7 @@ def test_pip_is_not_asked_for_torch_where_the_user_has_a_gpu_build(environment, 
     assert calls == ["-r", "--no-deps"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["serve"], ["--help"]])
+@pytest.mark.parametrize("arguments", [[], ["sing"], ["--help"]])
 def test_an_unknown_command_prints_the_usage_and_exits_with_2(arguments, capsys):
     assert run.main(arguments) == 2
     assert "usage: python run.py" in capsys.readouterr().err
