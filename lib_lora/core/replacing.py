@@ -191,11 +191,16 @@ def check_target(path: Path, overwrite: bool) -> None:
     """Whether a file may be written at `path`.
 
     Raises:
-        OutputError: If it exists and `overwrite` is not set, or is a link or no file.
+        OutputError: If it exists and `overwrite` is not set, is a link or no file, or nobody may look.
     """
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    try:
+        there = path.exists()
+        is_strange = path.is_symlink() or (there and not path.is_file())
+    except OSError as error:
+        raise OutputError(f"{shown(path)} can not be written: {reason_of(error)}") from error
+    if is_strange:
         raise OutputError(f"{shown(path)} is a link, a folder or a device and is not replaced; choose another name")
-    if path.exists() and not overwrite:
+    if there and not overwrite:
         raise OutputError(f"{shown(path)} exists already; choose another name, or allow to overwrite it")
 
 

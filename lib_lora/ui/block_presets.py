@@ -58,16 +58,16 @@ class PresetForm:
 
         return self._done(rename, name.strip())
 
-    def chosen(self) -> list[Any]:
+    def chosen(self) -> Any:
         """Another preset: it is not the one that was to be deleted."""
-        return ["", gr.update(visible=False)]
+        return gr.update(visible=False)
 
     def asked(self, preset: str | None) -> list[Any]:
         """Whether it shall be deleted; the second click says it."""
         if not preset or preset not in self._editor.own():
             words = self._texts("blocks.not_own", name=preset) if preset else self._texts("blocks.none_chosen")
             return [message(words, "refused"), gr.update(visible=False)]
-        return [message(self._texts("blocks.sure", name=preset)), gr.update(visible=True)]
+        return ["", gr.update(visible=True, value=self._texts("blocks.sure", name=preset))]
 
     def deleted(self, preset: str | None) -> list[Any]:
         """It is gone."""
@@ -173,4 +173,4 @@ class PresetControls(NamedTuple):
         listen(self.sure.click, form.deleted, [controls.preset], outputs)
         listen(self.upload.upload, form.imported, [self.upload], outputs)
         listen(self.export.click, form.exported, [], [self.shown, self.link])
-        listen(controls.preset.input, form.chosen, [], [self.note, self.sure], quick=True)
+        listen(controls.preset.input, form.chosen, [], [self.sure], quick=True)

@@ -157,7 +157,7 @@ def test_a_preset_is_saved_found_after_a_reload_renamed_and_deleted(blocks: Page
     told(blocks, "is now")
     assert (server.loras / WEIGHTS_FILE).read_text().startswith("out five:")
     blocks.click("blocks.delete")
-    told(blocks, "for good?")
+    blocks.wait("/out five/.test(document.querySelector('#prefuse-blocks-delete-sure')?.innerText)")
     assert (server.loras / WEIGHTS_FILE).read_text()
     blocks.click("blocks.delete_sure")
     told(blocks, "is deleted")

@@ -175,6 +175,7 @@ def test_a_name_is_refused_and_the_form_stays_as_it_is(workshop: PageDriver, wid
 def test_a_new_lora_can_be_copied_as_a_tag_and_chosen_in_every_form(workshop: PageDriver, wide: PageServer) -> None:
     open_form(workshop, "Resize")
     workshop.choose("workshop.resize.lora", "stripes")
+    workshop.wait(f"{value('workshop.resize.name')}?.startsWith('stripes-r')")
     workshop.type("workshop.resize.rank", "2")
     workshop.wait(f"{value('workshop.resize.name')} === 'stripes-r2'")
     workshop.click("workshop.resize.start")

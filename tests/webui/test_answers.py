@@ -131,6 +131,7 @@ def test_settings_have_their_names_and_defaults(webui):
         "prefuse_compat": "exact",
         "prefuse_base_store": "auto",
         "prefuse_cache_mb": 1024,
+        "prefuse_language": "auto",
     }
     assert labels["prefuse_compat"].infotext == "Prefuse compat"
 

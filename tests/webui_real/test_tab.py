@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import threading
 from typing import TYPE_CHECKING
 
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(find_browser() is None, reason=MISSING)
 
 PROMPT = "a cube"
-COMPARE = "#prefuse-blocks-compare-form"
+FORM = "#prefuse-tab-analyse"
+PICTURES = "#prefuse-analyse-pictures img"
+BLOCK = "M00"
+SIDE = 64
+LONG_STEPS = 60
 MAIN_TAB = "[...document.querySelectorAll('#tabs > .tab-nav > button')].find((one) => one.textContent.trim() === {!r})"
-PICTURES = "#prefuse-blocks-gallery img"
-LONG_STEPS = 40
 
 
 class TabDriver(PageDriver):
@@ -45,31 +49,34 @@ def tab(webui: WebUI, browser: Browser) -> Iterator[TabDriver]:
     assert not [error for error in browser.errors if "prefuse" in error]
 
 
-def compare(tab: TabDriver, steps: int) -> None:
-    tab.sub_tab("Block weights")
-    tab.choose("blocks.lora", "a")
-    tab.type("blocks.prompt", PROMPT)
-    tab.type("blocks.seed", "3")
-    tab.type("blocks.steps", str(steps))
-    tab.click("blocks.start")
+def draw(tab: TabDriver, steps: int) -> None:
+    """Begin the pictures of one block of LoRA a: without it, whole, and that block alone."""
+    tab.sub_tab("Analyse")
+    tab.choose("analyse.lora", "a")
+    tab.job_end(FORM)
+    boxes = "[...document.querySelectorAll('#prefuse-analyse-blocks label')]"
+    box = f"{boxes}.find((one) => one.textContent.includes('{BLOCK}'))"
+    tab.wait(f"!!{box}")
+    tab.run(f"{box}.click()")
+    tab.type("analyse.prompt", PROMPT)
+    tab.type("analyse.seed", "3")
+    for name, number in (("steps", steps), ("width", SIDE), ("height", SIDE)):
+        tab.type(f"analyse.{name}", str(number))
+    tab.click("analyse.start")
 
 
 def shown(tab: TabDriver) -> list[np.ndarray]:
-    """The pictures of the gallery, as the browser has them."""
+    """The pictures as the browser has them: without the LoRA, whole, its difference, of the block, its difference."""
     data = tab.wait(
         f"""(() => {{
             const pictures = [...document.querySelectorAll('{PICTURES}')];
-            if (pictures.length < 2 || pictures.some((one) => !one.naturalWidth)) return null;
-            return pictures.slice(0, 2).map((one) => {{
-                const canvas = document.createElement('canvas');
-                [canvas.width, canvas.height] = [one.naturalWidth, one.naturalHeight];
-                canvas.getContext('2d').drawImage(one, 0, 0);
-                return [canvas.width, canvas.height, [...canvas.getContext('2d')
-                    .getImageData(0, 0, canvas.width, canvas.height).data]];
-            }});
-        }})()"""
+            if (pictures.length !== 5 || pictures.some((one) => !one.naturalWidth)) return null;
+            return pictures.map((one) => one.src);
+        }})()""",
+        120,
     )
-    return [np.array(pixels, np.uint8).reshape(height, width, 4)[..., :3] for width, height, pixels in data]
+    files = [io.BytesIO(base64.b64decode(source.partition(",")[2])) for source in data]
+    return [np.asarray(Image.open(file).convert("RGB")) for file in files]
 
 
 def test_the_tab_has_all_but_the_drawing_that_txt2img_does(tab: TabDriver) -> None:
@@ -77,22 +84,22 @@ def test_the_tab_has_all_but_the_drawing_that_txt2img_does(tab: TabDriver) -> No
     assert titles == ["Block weights", "Analyse", "Workshop", "Inspect"]
 
 
-def test_two_weights_are_compared_in_pictures_that_txt2img_would_make(tab: TabDriver, webui: WebUI) -> None:
-    compare(tab, 2)
-    assert tab.job_end(COMPARE).startswith("Done in")
-    left, right = shown(tab)
-    size = {"width": left.shape[1], "height": left.shape[0]}
-    assert (left == webui.draw(f"{PROMPT} <lora:a:1>", seed=3, **size).picture).all()
-    assert (right == webui.draw(PROMPT, seed=3, **size).picture).all()
-    assert (left != right).any()
+def test_pictures_of_blocks_are_those_that_txt2img_makes(tab: TabDriver, webui: WebUI) -> None:
+    draw(tab, 2)
+    without, whole, _, block, _ = shown(tab)
+    alone = ",".join("1" if number == 7 else "0" for number in range(17))
+    assert (without == webui.draw(PROMPT, seed=3).picture).all()
+    assert (whole == webui.draw(f"{PROMPT} <lora:a:1>", seed=3).picture).all()
+    assert (block == webui.draw(f"{PROMPT} <lora:a:1:lbw={alone}>", seed=3).picture).all()
+    assert (whole != without).any()
 
 
 def test_a_job_of_the_tab_is_cancelled_and_the_next_picture_is_whole(tab: TabDriver, webui: WebUI) -> None:
     before = webui.draw(f"{PROMPT} <lora:b:0.5>").picture
-    compare(tab, LONG_STEPS)
-    tab.wait(f"document.querySelector('{COMPARE} progress')?.value > 0")
-    tab.click("blocks.stop")
-    assert tab.job_end(COMPARE).startswith("Cancelled after")
+    draw(tab, LONG_STEPS)
+    tab.wait(f"document.querySelector('{FORM} progress')?.value > 0", 120)
+    tab.click("analyse.interrupt")
+    tab.wait(f"document.querySelector('{FORM}').textContent.includes('Cancelled after')", 60)
     assert (webui.draw(f"{PROMPT} <lora:b:0.5>").picture == before).all()
 
 
@@ -103,8 +110,8 @@ def test_pictures_of_txt2img_and_of_the_tab_wait_for_each_other(tab: TabDriver, 
         target=lambda: answers.append(webui.draw(f"{PROMPT} <lora:b:0.5>", steps=LONG_STEPS).picture)
     )
     request.start()
-    compare(tab, 2)
-    assert tab.job_end(COMPARE).startswith("Done in")
+    draw(tab, 2)
+    assert (shown(tab)[0] == webui.draw(PROMPT, seed=3).picture).all()
     request.join()
     assert (answers[0] == wanted).all()
 
@@ -139,6 +146,7 @@ def test_a_merged_checkpoint_can_be_chosen_and_draws_what_the_prompt_did(
 def test_presets_are_saved_where_the_prompt_finds_them(tab: TabDriver, webui: WebUI) -> None:
     tab.sub_tab("Block weights")
     tab.choose("blocks.lora", "a")
+    tab.wait("document.querySelector('#prefuse-blocks-tag')?.textContent.includes('<lora:a:1>')")
     weights = ["0.5", *["1"] * 16]
     tab.type("blocks.list", ",".join(weights))
     tab.type("blocks.name", "FROMTAB")
@@ -147,6 +155,6 @@ def test_presets_are_saved_where_the_prompt_finds_them(tab: TabDriver, webui: We
         "/FROMTAB/.test(document.querySelector('#prefuse').innerText) || "
         "/FROMTAB/.test(document.querySelector('#prefuse-blocks-preset input')?.value ?? '')"
     )
-    answer = webui.post("/prefuse/v1/resolve", prompt="<lora:a:1:lbw=FROMTAB>")
+    answer = webui.post("/prefuse/v1/resolve", {"prompt": "<lora:a:1:lbw=FROMTAB>"})
     assert not answer["refused"]
     assert answer["applied"][0]["weights"].startswith("lbw=0.5,")

@@ -86,8 +86,7 @@ class WebuiHost:
         info = next((info for info in sd_models.checkpoints_list.values() if info.name == name), None)
         if info is None:
             raise ModelError(f"There is no checkpoint {name!r}; refresh the list.")
-        with call_queue.queue_lock:
-            shared.opts.set("sd_model_checkpoint", info.title)
+        shared.opts.set("sd_model_checkpoint", info.title)  # which waits for its turn by itself
 
     def keymap(self) -> KeyMap | None:
         """Layers of the loaded model; None if there is none."""
