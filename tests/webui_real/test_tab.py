@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 import threading
 from typing import TYPE_CHECKING
 
@@ -122,6 +123,9 @@ def test_a_merged_checkpoint_can_be_chosen_and_draws_what_the_prompt_did(
     wanted = webui.draw(f"{PROMPT} <lora:a:0.7>").picture
     model = webui.get("/sdapi/v1/options")["sd_model_checkpoint"]
     name = model.partition(".safetensors")[0]
+    folder = webui.data / "models" / "Stable-diffusion"
+    config = folder / f"{name}.yaml"  # the small model is of no size that the WebUI knows
+    shutil.copyfile(config, folder / "baked-in-the-tab.yaml")
     tab.sub_tab("Workshop")
     tab.choose("workshop.merge.model", f"{name}.safetensors")
     tab.type("workshop.merge.loras", "<lora:a:0.7>")
@@ -140,7 +144,8 @@ def test_a_merged_checkpoint_can_be_chosen_and_draws_what_the_prompt_did(
         assert np.abs(picture.astype(int) - wanted).max() <= 1
     finally:
         webui.options(sd_model_checkpoint=model)
-        (webui.data / "models" / "Stable-diffusion" / "baked-in-the-tab.safetensors").unlink()
+        for file in folder.glob("baked-in-the-tab.*"):
+            file.unlink()
 
 
 def test_presets_are_saved_where_the_prompt_finds_them(tab: TabDriver, webui: WebUI) -> None:
