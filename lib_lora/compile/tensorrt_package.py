@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NAME = "torch_tensorrt"
 INSTALL = (
     "pip install torch_tensorrt of the same version as torch (2.13.0 for torch 2.13), "
-    "with --extra-index-url https://pypi.nvidia.com for the libraries of TensorRT"
+    "with the libraries of TensorRT from NVIDIA's own package index"
 )
 _recording = threading.Lock()
 
