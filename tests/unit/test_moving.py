@@ -303,10 +303,10 @@ def test_nothing_is_hooked_unless_the_caller_may(make, monkeypatch):
 @pytest.mark.parametrize("options", [{"compat": "a1111"}, {"mode": "hook"}])
 def test_the_webuis_rounding_and_hook_mode_have_one_way(make, monkeypatch, options):
     monkeypatch.setattr("lib_lora.moving.choose", lambda *_: pytest.fail("there is nothing to choose"))
-    parts, session = make(torch.float16, **options)
+    parts, session = make(torch.bfloat16, **options)
     session.set(prompt())
     session.advance(STEPS - 1, STEPS)
-    assert same(weights(parts["unet"]), set_by_hand(make, torch.float16, [("move", 1.0, 1.2)], **options))
+    assert same(weights(parts["unet"]), set_by_hand(make, torch.bfloat16, [("move", 1.0, 1.2)], **options))
 
 
 def test_an_interrupt_in_mid_pass_gives_the_base_back_and_the_next_set_is_exact(make, take, monkeypatch):
