@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lib_lora.tools.analyse_pictures import Change
     from lib_lora.ui.block_view import BlockView
     from lib_lora.ui.block_weights import Controls
-    from lib_lora.ui.jobs import JobState, Slot
+    from lib_lora.ui.jobs import JobState
     from lib_lora.ui.page import Page
 
 MOST_STEPS = 150
@@ -79,27 +79,24 @@ def draw_pair(
 
 
 class CompareForm:
-    """The controls' choices, and what is made of them."""
+    """The controls' choices, and what is made of them.
+
+    Attributes:
+        slot: Where it is drawn.
+        sliders: The choice of what the sliders say.
+        none: The choice of no LoRA.
+    """
 
     def __init__(self, page: Page, view: BlockView) -> None:
         self._page = page
         self._texts = page.texts
         self._view = view
-        self._slot = page.slot()
+        self.slot = page.slot()
         self.sliders, self.none = page.texts("blocks.as_sliders"), page.texts("blocks.no_lora")
 
     def names(self) -> list[str]:
         """What a side can be."""
         return [self.sliders, self.none, *self._view.names()]
-
-    def cancel(self) -> None:
-        """End it."""
-        self._slot.cancel()
-
-    @property
-    def slot(self) -> Slot:
-        """Where it is drawn."""
-        return self._slot
 
     def work_of(self, *values: Any) -> Callable[[Progress], tuple[Pair, int]]:
         """What is to be done of the form's values."""
@@ -119,7 +116,7 @@ class CompareForm:
     def shown(self, state: JobState[tuple[Pair, int]]) -> tuple[Any, ...]:
         """How far it is, and then the pictures and their difference."""
         shown = (gr.update(), gr.update()) if state.result is None else self._result(*state.result)
-        return (self._page.job_told(self._slot, state), *shown)
+        return (self._page.job_told(self.slot, state), *shown)
 
     def _tag(self, form: Form, side: str) -> str:
         if side == self.none:
@@ -172,5 +169,5 @@ def build(page: Page, view: BlockView, controls: Controls) -> Sequence[tuple[Any
             told = gr.HTML()
     inputs = [prompt, seed, steps, left, right, *controls]
     page.run_jobs(start.click, form.slot, form.work_of, form.shown, inputs, [status, gallery, told])
-    listen(stop.click, form.cancel, quick=True)
+    listen(stop.click, form.slot.cancel, quick=True)
     return [(left, form.names), (right, form.names)]

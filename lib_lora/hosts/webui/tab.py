@@ -65,7 +65,7 @@ class WebuiHost:
     @property
     def picture_folder(self) -> Path:
         """Where txt2img saves."""
-        return Path(option("outdir_samples", "") or option("outdir_txt2img_samples", "outputs"))
+        return Path(_folder("samples"))
 
     def models(self) -> Mapping[str, Path]:
         """Name → checkpoint, as the list of checkpoints has them."""
@@ -122,13 +122,18 @@ class WebuiHost:
         return [Picture(image, text, report, _path(image)) for image, text in zip(images, texts, strict=False)]
 
 
+def _folder(kind: str) -> str:
+    """Where txt2img writes its samples or grids."""
+    return option(f"outdir_{kind}", "") or option(f"outdir_txt2img_{kind}", "outputs")
+
+
 def _processing(request: GenerateRequest, *, save: bool) -> Any:
     size = XL_SIZE if getattr(shared.sd_model, "is_sdxl", False) else SIZE
     sampler, scheduler = sd_samplers.get_sampler_and_scheduler(request.sampler, None)
     return processing.StableDiffusionProcessingTxt2Img(
         sd_model=shared.sd_model,
-        outpath_samples=option("outdir_samples", "") or option("outdir_txt2img_samples", "outputs"),
-        outpath_grids=option("outdir_grids", "") or option("outdir_txt2img_grids", "outputs"),
+        outpath_samples=_folder("samples"),
+        outpath_grids=_folder("grids"),
         prompt=request.prompt,
         negative_prompt=request.negative,
         seed=request.seed,
