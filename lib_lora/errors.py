@@ -116,5 +116,9 @@ class JobError(PrefuseError):
     """A job on files was asked for in a way that can not be done."""
 
 
+class TrainError(PrefuseError):
+    """A training can not go on or be resumed; what was saved last is kept."""
+
+
 class CompileError(PrefuseError):
     """A model can not be compiled here, or would draw something else; it computes eagerly."""

@@ -223,6 +223,18 @@ def copy_file(source: str | os.PathLike[str], path: str | os.PathLike[str], prog
             progress(file.tell(), size)
 
 
+def remove_file(path: str | os.PathLike[str]) -> None:
+    """Remove a file of our own making, or nothing if there is none.
+
+    Raises:
+        OutputError: If the system refuses that.
+    """
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{shown(path)} can not be removed: {reason_of(error)}") from error
+
+
 def _read_part(source: Path, identity: FileIdentity, part: Header) -> Tensor:
     """Bytes of a file, which is closed then: Windows replaces no file that is open or mapped."""
     now, data = read_unchanged(source, lambda file: read_data(file, part, source))

@@ -1,0 +1,119 @@
+"""Optimizers and learning rates by name: of torch, transformers (Adafactor), bitsandbytes (8 bit) and diffusers."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lib_lora.errors import JobError
+from lib_lora.train.settings import LONGEST_WARM_UP
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch.optim import Optimizer
+
+    from lib_lora.train.settings import OptimizerOptions
+
+_NESTEROV = {"momentum": 0.9, "nesterov": True}
+_ADAFACTOR = {"relative_step": False, "scale_parameter": False}
+"""With a learning rate of our own."""
+_NO_USE = {"LBFGS", "SparseAdam", "Optimizer"}
+"""The first asks for the loss again and again, the second for sparse gradients, the last is their base."""
+_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+def make_optimizer(groups: Sequence[Mapping[str, Any]], options: OptimizerOptions) -> Optimizer:
+    """An optimizer of groups of parameters with their rates.
+
+    Raises:
+        JobError: If there is no such optimizer, or it does not take the settings.
+    """
+    kind, settings = _kind(options.optimizer_type)
+    settings = {**settings, **read_settings(options.optimizer_args)}
+    unknown = set(settings) - set(inspect.signature(kind).parameters)
+    if unknown:
+        raise JobError(f"{options.optimizer_type} has no setting {min(unknown)}; see optimizer_args")
+    try:
+        return kind([dict(group) for group in groups], lr=options.learning_rate, **settings)
+    except (TypeError, ValueError) as error:
+        raise JobError(f"{options.optimizer_type} refuses its settings: {error}; see optimizer_args") from error
+
+
+def read_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Name → value of ``name=value`` texts, the values as Python writes them.
+
+    Raises:
+        JobError: If one is no such text.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            settings[name.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError) as error:
+            raise JobError(f"optimizer_args: {text!r} is not name=value, such as weight_decay=0.01") from error
+    return settings
+
+
+def make_schedule(optimizer: Optimizer, options: OptimizerOptions, steps: int) -> Any:
+    """The schedule of learning rates of that name in diffusers; to be stepped once for each step of the optimizer.
+
+    Raises:
+        JobError: If there is no such schedule.
+    """
+    from diffusers.optimization import get_scheduler
+
+    if options.lr_scheduler not in _SCHEDULES:
+        raise JobError(f"there is no lr_scheduler {options.lr_scheduler!r}; there are {', '.join(_SCHEDULES)}")
+    warm = options.lr_warmup_steps
+    return get_scheduler(
+        options.lr_scheduler,
+        optimizer,
+        num_warmup_steps=round(warm * steps) if warm < LONGEST_WARM_UP else round(warm),
+        num_training_steps=steps,
+        num_cycles=options.lr_scheduler_num_cycles,
+        power=options.lr_scheduler_power,
+    )
+
+
+def _kind(name: str) -> tuple[Any, dict[str, Any]]:
+    """The class of that name, and settings that go with the name."""
+    low = name.lower()
+    if low.endswith("8bit"):
+        return _of_bitsandbytes(name)
+    if low == "adafactor":
+        return importlib.import_module("transformers.optimization").Adafactor, _ADAFACTOR
+    if low == "sgdnesterov":
+        return torch.optim.SGD, _NESTEROV
+    found = _optimizers_of(torch.optim)
+    if low not in found:
+        close = get_close_matches(low, [*found, "adafactor"], n=1)
+        hint = f"did you mean {found[close[0]].__name__ if close[0] in found else 'Adafactor'}? " if close else ""
+        names = ", ".join(kind.__name__ for kind in found.values())
+        raise JobError(f"there is no optimizer {name!r}; {hint}there are {names}")
+    return found[low], {}
+
+
+def _of_bitsandbytes(name: str) -> tuple[Any, dict[str, Any]]:
+    try:
+        found = _optimizers_of(importlib.import_module("bitsandbytes.optim"))
+    except ImportError as error:
+        raise JobError(f"{name} needs bitsandbytes ({error}); install it, or choose AdamW or Adafactor") from error
+    kind = found.get(re.sub("nesterov", "", name.lower()))
+    if kind is None:
+        raise JobError(f"bitsandbytes has no {name}; it has {', '.join(kind.__name__ for kind in found.values())}")
+    return kind, _NESTEROV if "nesterov" in name.lower() else {}
+
+
+def _optimizers_of(module: Any) -> dict[str, Any]:
+    """Name in small letters → class."""
+    kinds = [kind for kind in vars(module).values() if inspect.isclass(kind)]
+    fit = [kind for kind in kinds if issubclass(kind, torch.optim.Optimizer) and kind.__name__ not in _NO_USE]
+    return {kind.__name__.lower(): kind for kind in fit}

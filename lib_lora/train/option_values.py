@@ -1,0 +1,216 @@
+"""Options from what people write: a TOML file and ``--key value``, checked against the types of frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import re
+import types
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lib_lora.errors import JobError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_TOML_READERS = ("tomllib", "tomli", "tomlkit", "toml")
+"""The first is a part of Python since 3.11, the third comes with gradio."""
+_WORDS = {"true": True, "false": False}
+_NAMESPACE = {"Path": Path, "Mapping": Mapping, "Sequence": Sequence, "Literal": Literal, "Any": Any}
+"""What annotations may name that modules import for checkers alone."""
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+_ATTRIBUTE = re.compile(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", re.MULTILINE)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Key → value of a TOML file; sections only group, as in kohya's.
+
+    Raises:
+        JobError: If the file can not be read, or says one key twice.
+    """
+    reader = next(filter(None, map(_module, _TOML_READERS)), None)
+    if reader is None:
+        raise JobError("TOML files can not be read here; install a reader with: pip install tomli")
+    try:
+        table = reader.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise JobError(f"{path} can not be read: {error.strerror or error}") from error
+    except (ValueError, IndexError) as error:  # the parsers' own errors are ValueErrors; toml also raises the other
+        raise JobError(f"{path} is no TOML file: {str(error).splitlines()[0]}") from error
+    values: dict[str, Any] = {}
+    for key, value in _flat(table):
+        if key in values:
+            raise JobError(f"{path} says {key} twice")
+        values[key] = value
+    return values
+
+
+def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """Key → text or texts of ``--key value…``; a key without a value is a switch that is on.
+
+    Raises:
+        JobError: If there is a value without a key.
+    """
+    values: dict[str, Any] = {}
+    key = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, _, text = argument[2:].replace("-", "_", argument[2:].partition("=")[0].count("-")).partition("=")
+            values[key] = [text] if text else []
+        elif key:
+            values[key].append(argument)
+        else:
+            raise JobError(f"{argument!r} belongs to no option; write --key {argument}")
+    return {name: "true" if not texts else texts[0] if len(texts) == 1 else texts for name, texts in values.items()}
+
+
+def fill(groups: Mapping[str, type], values: Mapping[str, Any]) -> dict[str, Any]:
+    """One dataclass for each group.
+
+    Args:
+        groups: Name → frozen dataclass; no two have a field of the same name.
+        values: Key → value, as TOML or the command line give it.
+
+    Raises:
+        JobError: If there is no such option, or a value is of another type.
+    """
+    hints = {group: _hints(kind) for group, kind in groups.items()}
+    known = {key for fields in hints.values() for key in fields}
+    for key in values:
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "`train --options` lists what there is"
+            raise JobError(f"there is no option {key}; {hint}")
+    return {
+        group: kind(**{key: convert(key, values[key], hint) for key, hint in hints[group].items() if key in values})
+        for group, kind in groups.items()
+    }
+
+
+def convert(key: str, value: Any, hint: Any) -> Any:
+    """A value as the type that is asked for.
+
+    Raises:
+        JobError: If it is none.
+    """
+    try:
+        return _convert(value, hint)
+    except (TypeError, ValueError, OverflowError):
+        raise JobError(f"{key} must be {_kind(hint)}, not {value!r}") from None
+
+
+def described(groups: Iterable[type]) -> list[tuple[str, Any, str]]:
+    """(key, default, what it is) of every option, from the dataclasses and their docstrings."""
+    rows: list[tuple[str, Any, str]] = []
+    for group in groups:
+        texts = {name: " ".join(text.split()) for name, text in _ATTRIBUTE.findall(group.__doc__ or "")}
+        for field in dataclasses.fields(group):
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            rows.append((field.name, default, texts.get(field.name, "")))
+    return rows
+
+
+def plain(value: Any) -> Any:
+    """As JSON knows it."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def _flat(table: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        else:
+            yield key, value
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    """Field → type, of those that can be given."""
+    hints = get_type_hints(kind, localns=_NAMESPACE)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _first(value, get_args(hint))
+    if origin is Literal:
+        return _chosen(value, get_args(hint))
+    if origin in (tuple, list, Sequence):
+        return _several(value, get_args(hint)[0])
+    return _one(value, hint)
+
+
+def _first(value: Any, hints: Sequence[Any]) -> Any:
+    """As the first of several types that it can be."""
+    if value is None and type(None) in hints:
+        return None
+    for hint in hints:
+        if hint is not type(None):
+            try:
+                return _convert(value, hint)
+            except (TypeError, ValueError, OverflowError):
+                continue
+    raise TypeError
+
+
+def _chosen(value: Any, choices: Sequence[Any]) -> Any:
+    found = [choice for choice in choices if str(choice) == str(value)]
+    if not found:
+        raise ValueError
+    return found[0]
+
+
+def _several(value: Any, hint: Any) -> tuple[Any, ...]:
+    if isinstance(value, str):  # texts may have commas in them, numbers have none
+        value = [value] if hint is str else value.split(",")
+    if not isinstance(value, Sequence):
+        value = [value]
+    return tuple(_convert(one.strip() if isinstance(one, str) else one, hint) for one in value)
+
+
+def _one(value: Any, hint: Any) -> Any:
+    if hint in (int, float):
+        return _number(value, hint)
+    if hint is Path:
+        return Path(value)
+    if hint is bool and isinstance(value, str):
+        value = _WORDS.get(value.lower())
+    if not isinstance(value, hint):
+        raise TypeError
+    return value
+
+
+def _number(value: Any, hint: type) -> Any:
+    if isinstance(value, bool) or (hint is int and isinstance(value, float) and not value.is_integer()):
+        raise TypeError
+    number = hint(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _kind(hint: Any) -> str:
+    """Types for people."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_kind(one) for one in inner if one is not type(None))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin in (tuple, list, Sequence):
+        return f"a list, each {_kind(inner[0])}"
+    return _KINDS.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,0 +1,179 @@
+"""Options of a training beside those of the network and of the pictures; names are kohya's where it has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lib_lora.errors import JobError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LONGEST_WARM_UP = 1.0
+"""A number below is a part of all steps, from it on a number of steps."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What is trained.
+
+    Attributes:
+        pretrained_model_name_or_path: ``demo``, a diffusers folder, or a checkpoint file of SD1, SD2 or SDXL.
+        tokenizer: Folder or file with CLIP's vocabulary, for a checkpoint file.
+        v_parameterization: Whether the model predicts v; by default as the model says.
+        clip_skip: The layer of SD1's or SD2's text encoder that is read, counted from the last, which is 1.
+        full: Train the whole UNet, as DreamBooth does, and no network.
+    """
+
+    pretrained_model_name_or_path: str = "demo"
+    tokenizer: Path | None = None
+    v_parameterization: bool | None = None
+    clip_skip: int | None = None
+    full: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """How weights move.
+
+    Attributes:
+        optimizer_type: AdamW, SGD or another of torch's; Adafactor; with bitsandbytes AdamW8bit, Lion8bit and such.
+        optimizer_args: Its further settings, such as ``weight_decay=0.01``.
+        learning_rate: Of everything that has none of its own.
+        unet_lr: Of the UNet.
+        text_encoder_lr: Of the text encoders.
+        lr_scheduler: constant, constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial.
+        lr_warmup_steps: Steps in which the rate grows to its full size; below 1, a part of all steps.
+        lr_scheduler_num_cycles: Restarts of cosine_with_restarts.
+        lr_scheduler_power: Exponent of polynomial.
+        max_grad_norm: Gradients longer than this are shortened to it; 0 leaves them as they are.
+        gradient_accumulation_steps: Batches that make one step.
+        ema: Save a moving average of the weights.
+        ema_decay: Its share that is kept at each step.
+    """
+
+    optimizer_type: str = "AdamW"
+    optimizer_args: Sequence[str] = ()
+    learning_rate: float = 1e-4
+    unet_lr: float | None = None
+    text_encoder_lr: float | None = None
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: float = 0
+    lr_scheduler_num_cycles: int = 1
+    lr_scheduler_power: float = 1.0
+    max_grad_norm: float = 1.0
+    gradient_accumulation_steps: int = 1
+    ema: bool = False
+    ema_decay: float = 0.999
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What is learned of a picture.
+
+    Attributes:
+        min_snr_gamma: Weigh times by min(SNR, γ), such as 5; by default all alike.
+        noise_offset: Added to each channel of the noise as a whole, such as 0.05, so that dark and light are learned.
+        zero_terminal_snr: Rescale the noise schedule so that nothing of the picture is left at its end.
+        min_timestep: First time that is trained.
+        max_timestep: First time above the last that is trained.
+    """
+
+    min_snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    zero_terminal_snr: bool = False
+    min_timestep: int = 0
+    max_timestep: int = 1000
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How long, with what numbers and in what memory.
+
+    Attributes:
+        max_train_steps: Steps of the optimizer.
+        max_train_epochs: Epochs, in place of a number of steps.
+        mixed_precision: Type of the products: no (float32), fp16 or bf16.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them: slower, in a
+            fraction of the memory.
+        device: ``auto``, or ``cpu`` even where there is a GPU.
+    """
+
+    max_train_steps: int = 1600
+    max_train_epochs: int | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    device: Literal["auto", "cpu"] = "auto"
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written, and when.
+
+    Attributes:
+        output_dir: Folder of all that is written.
+        output_name: Of the result's file.
+        save_precision: Type of the saved numbers: float, fp16 or bf16.
+        save_every_n_epochs: Save what is learned so far, too.
+        save_every_n_steps: Save what is learned so far, too.
+        save_state_every_n_steps: Save all that is needed to go on; 0 for never.
+        save_last_n_states: So many of these are kept.
+        resume: Go on from a state: its file, or the folder of states for the newest.
+        sample_every_n_steps: Draw pictures.
+        sample_every_n_epochs: Draw pictures.
+        sample_prompts: A text file: in each line a prompt, then kohya's --n --w --h --d --l --s.
+        sample_sampler: The WebUI's name.
+        logging_dir: Folder for TensorBoard.
+    """
+
+    output_dir: Path = Path("outputs")
+    output_name: str = "last"
+    save_precision: Literal["float", "fp16", "bf16"] = "fp16"
+    save_every_n_epochs: int | None = None
+    save_every_n_steps: int | None = None
+    save_state_every_n_steps: int = 500
+    save_last_n_states: int = 2
+    resume: Path | None = None
+    sample_every_n_steps: int | None = None
+    sample_every_n_epochs: int | None = None
+    sample_prompts: Path | None = None
+    sample_sampler: str = "Euler a"
+    logging_dir: Path | None = None
+
+
+AT_LEAST = {
+    "clip_skip": 1,
+    "learning_rate": 0,
+    "unet_lr": 0,
+    "text_encoder_lr": 0,
+    "lr_warmup_steps": 0,
+    "lr_scheduler_num_cycles": 1,
+    "max_grad_norm": 0,
+    "gradient_accumulation_steps": 1,
+    "ema_decay": 0,
+    "min_snr_gamma": 0,
+    "noise_offset": 0,
+    "min_timestep": 0,
+    "max_timestep": 1,
+    "max_train_steps": 1,
+    "max_train_epochs": 1,
+    "save_every_n_epochs": 1,
+    "save_every_n_steps": 1,
+    "save_state_every_n_steps": 0,
+    "save_last_n_states": 1,
+    "sample_every_n_steps": 1,
+    "sample_every_n_epochs": 1,
+}
+
+
+def check_least(group: object) -> None:
+    """Refuse numbers that are too small.
+
+    Raises:
+        JobError: If there is one.
+    """
+    for key, value in vars(group).items():
+        if value is not None and key in AT_LEAST and value < AT_LEAST[key]:
+            raise JobError(f"{key} must be at least {AT_LEAST[key]}, not {value:g}")
