@@ -34,6 +34,7 @@ class AppliedLora:
         resolved: The tag with these in it, if they say more than its own; else ``""``.
         schedule: How the strengths change in time, as arguments of a tag; ``""`` if they do not.
         moving: How that is done in the pass that runs: one clause, ``""`` before the first move.
+        control_layers: How many layers of ControlNets it changes.
     """
 
     name: str
@@ -55,6 +56,7 @@ class AppliedLora:
     resolved: str = ""
     schedule: str = ""
     moving: str = ""
+    control_layers: int = 0
 
     def __str__(self) -> str:
         """One line."""
@@ -64,7 +66,8 @@ class AppliedLora:
         mixed = f" ({kinds})" if len(self.algorithms) > 1 else ""
         schedule = f"{self.schedule} ({self.moving})" if self.moving else self.schedule
         more = "".join(f", {text}" for text in (schedule, self.weights) if text)
-        layers = f"{self.layers} of {total} layers"
+        control = f" ({self.control_layers} in the ControlNet)" if self.control_layers else ""
+        layers = f"{self.layers} of {total} layers{control}"
         return f"{self.name} at {strength}{more}: {self.algorithm} rank {self.rank}{mixed}, {layers}"
 
 

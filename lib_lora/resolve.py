@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lib_lora.core.files import FileIdentity
-from lib_lora.core.naming import group_names
+from lib_lora.core.naming import CONTROLNETS, group_names
 from lib_lora.core.network import load_network
 from lib_lora.core.plan import FusePlan, Scale, make_plan, match_network
 from lib_lora.errors import PrefuseError, TagError
@@ -92,6 +92,7 @@ class ResolvedLora:
             weights=self.weights.text,
             resolved=with_block_weights(self.request.raw, self.weights.text) if self.weights.says_more else "",
             schedule="" if self.request.schedule is None else str(self.request.schedule),
+            control_layers=sum(layer.component in CONTROLNETS for layer, _ in self.match.layers),
         )
 
 

@@ -72,11 +72,12 @@ class LoraSession:
         fp8_rounding: Rounding = "nearest",
         presets: PresetFiles | None = None,
         on_weights_changed: Callable[[Sequence[LayerRef]], None] | None = None,
+        control_follows: bool = False,
     ) -> None:
         """Prepare a model; no weight is touched and nothing is copied yet.
 
         Args:
-            components: ``unet``, ``te1``, ``te2`` → module; diffusers, transformers, LDM or open_clip.
+            components: ``unet``, ``te1``, ``controlnet``, … → module; diffusers, transformers, LDM or open_clip.
             catalog: The LoRA folders.
             mode: ``prefuse`` into the weights, or ``hook`` the forwards.
             compat: ``exact``, or ``a1111`` for the WebUI's rounding.
@@ -85,13 +86,14 @@ class LoraSession:
             fp8_rounding: How sums are rounded to weights in fp8: ``nearest``, or ``stochastic`` (seeded).
             presets: Where presets of block weights are read; by default from files in the LoRA folders.
             on_weights_changed: Called after weights were written, with their layers.
+            control_follows: Whether LoRAs of the UNet act on the ControlNets' copies of its layers too.
 
         Raises:
             ModelError: If no component has layers that LoRAs can act on.
         """
         self.catalog = catalog
         self.cache_bytes = IDLE_BYTES
-        self.keymap = KeyMap.from_modules(components)
+        self.keymap = KeyMap.from_modules(components, control_follows=control_follows)
         if not len(self.keymap):
             raise ModelError(f"no layers for LoRAs in {', '.join(components) or 'an empty model'}")
         files = [checkpoint] if isinstance(checkpoint, Path) else list(checkpoint or ())
@@ -110,17 +112,14 @@ class LoraSession:
 
     @classmethod
     def for_pipeline(
-        cls,
-        pipe: Any,
-        lora_dir: str | Path | Sequence[str | Path] = "loras",
-        **options: Any,
+        cls, pipe: Any, lora_dir: str | Path | Sequence[str | Path] = "loras", **options: Any
     ) -> LoraSession:
         """A session on a diffusers pipeline (Stable Diffusion 1, 2, XL).
 
         Args:
             pipe: Any object with `unet` (or `transformer`) and `text_encoder` modules.
             lora_dir: One or more folders with LoRA files.
-            options: As the constructor's: mode, compat, store, checkpoint, fp8_rounding, presets, on_weights_changed.
+            options: As the constructor's: mode, compat, store, checkpoint, fp8_rounding, ….
 
         Raises:
             ModelError: If the pipeline has no such modules.

@@ -9,7 +9,7 @@ from torch import nn
 from lib_lora.core.blocks import block_of
 from lib_lora.core.layers import LayerRef
 from lib_lora.core.models import BaseModel
-from lib_lora.core.naming import BIAS, WRAPPERS, layer_name
+from lib_lora.core.naming import BIAS, CONTROLNETS, WRAPPERS, layer_name
 from lib_lora.core.places import places_of
 
 if TYPE_CHECKING:
@@ -48,10 +48,12 @@ class Part(NamedTuple):
     Attributes:
         layer: A layer of the model.
         rows: Which rows of the file's layer act there, in the order of the model's; empty for all, as they are.
+        is_copy: Whether the layer is another component's copy of the one that is named.
     """
 
     layer: LayerRef
     rows: tuple[Rows, ...] = ()
+    is_copy: bool = False
 
 
 class KeyMap:
@@ -61,30 +63,35 @@ class KeyMap:
     norms and embeddings. Their biases are places of their own, behind them (`parameters`).
 
     Attributes:
-        components: Names of the components that have layers: ``unet`` or ``transformer``, ``te1``, ``te2``, ``te3``.
+        components: Names of the components that have layers: ``unet`` or ``transformer``, ``te1``, ``te2``, ``te3``,
+            ``controlnet``, ``controlnet_2``, ….
         base_model: The model's family.
     """
 
-    def __init__(self, weights: Mapping[str, Sequence[_Weight]]) -> None:
+    def __init__(self, weights: Mapping[str, Sequence[_Weight]], *, control_follows: bool = False) -> None:
         self._layers: dict[str, LayerRef] = {}
         self._biases: dict[str, LayerRef] = {}
         self._spellings: dict[str, list[Part]] = {}
         for component, entries in weights.items():
             self._add(component, entries)
+        if control_follows:
+            self._follow()
         self.components = tuple(dict.fromkeys(layer.component for layer in self))
         self.base_model = BaseModel.of_model(
             {layer_name(layer.component, layer.key.partition(".")[2]): layer.shape for layer in self}
         )
 
     @classmethod
-    def from_modules(cls, components: Mapping[str, nn.Module]) -> KeyMap:
+    def from_modules(cls, components: Mapping[str, nn.Module], *, control_follows: bool = False) -> KeyMap:
         """Layers of a live model.
 
         Args:
             components: ``unet``, ``te1``, ``te2``, ``te3``, ``transformer`` → module; diffusers, transformers, LDM,
                 open_clip, or SD3's or Flux's original code, also wrapped.
+            control_follows: Whether the name of a UNet's layer means the ControlNets' copies of it too.
         """
-        return cls({component: list(_live_weights(module)) for component, module in components.items()})
+        weights = {component: list(_live_weights(module)) for component, module in components.items()}
+        return cls(weights, control_follows=control_follows)
 
     @classmethod
     def from_checkpoint(cls, shapes: Mapping[str, Sequence[int]]) -> KeyMap:
@@ -152,6 +159,17 @@ class KeyMap:
                 self._spell(name, Part(layer, spelling.rows))
                 if bias is not None:
                     self._spell(name + BIAS, Part(bias, spelling.rows))
+
+    def _follow(self) -> None:
+        """A ControlNet's layer is a copy of the UNet's that has its path and shape."""
+        layers = self._layers | self._biases
+        found: dict[LayerRef, list[Part]] = {}
+        for layer in layers.values():
+            original = layers.get(f"unet.{layer.key.partition('.')[2]}") if layer.component in CONTROLNETS else None
+            if original is not None and original.shape == layer.shape:
+                found.setdefault(original, []).append(Part(layer, is_copy=True))
+        for parts in self._spellings.values():
+            parts.extend(found.get(parts[0].layer, ()))
 
     def _spell(self, name: str, part: Part) -> None:
         parts = self._spellings.setdefault(name, [])

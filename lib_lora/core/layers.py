@@ -28,7 +28,7 @@ class LayerRef:
     Attributes:
         key: Canonical dotted name, component first, such as
             ``unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q``.
-        component: ``unet``, ``te1`` or ``te2``.
+        component: ``unet``, ``te1``, ``te2``, ``controlnet``, ….
         block: Block weight name: ``BASE``, ``IN00`` to ``IN11``, ``M00``, ``OUT00`` to ``OUT11``, or ``""``
             for layers outside of all blocks (time embedding, label embedding, output head).
         shape: After the row slice: (out, in), (out, in, kh, kw), or (out,) of a bias or a norm.

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 from lib_lora.core.clip_names import CLIP_BLOCKS, OPEN_CLIP, OPEN_CLIP_BLOCKS, OPEN_CLIP_OUTSIDE
 from lib_lora.core.ldm_names import diffusers_to_ldm, translate
 from lib_lora.core.models import BaseModel
-from lib_lora.core.naming import PIPELINE_PARTS, layer_name
+from lib_lora.core.naming import CONTROLNETS, PIPELINE_PARTS, layer_name
 from lib_lora.errors import NamingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+_CONTROLNETS = {name: f"lora_{name}" for name in CONTROLNETS}
 _KOHYA_COMPONENTS = {
-    BaseModel.SD1: {"unet": "lora_unet", "te1": "lora_te"},
-    BaseModel.SD2: {"unet": "lora_unet", "te1": "lora_te"},
-    BaseModel.SDXL: {"unet": "lora_unet", "te1": "lora_te1", "te2": "lora_te2"},
+    BaseModel.SD1: {"unet": "lora_unet", "te1": "lora_te", **_CONTROLNETS},
+    BaseModel.SD2: {"unet": "lora_unet", "te1": "lora_te", **_CONTROLNETS},
+    BaseModel.SDXL: {"unet": "lora_unet", "te1": "lora_te1", "te2": "lora_te2", **_CONTROLNETS},
 }
 FAMILIES = tuple(_KOHYA_COMPONENTS)
 """The families whose names are known."""
@@ -152,7 +153,7 @@ def _split(layer: str, family: BaseModel) -> tuple[str, str]:
     if not colon:
         component, _, path = layer.partition(".")
         flat = layer_name(component, path).partition(":")[2]
-    path = _unet_path(flat, family) if component == "unet" else _text_path(flat)
+    path = _unet_path(flat, family) if component in ("unet", *CONTROLNETS) else _text_path(flat)
     if component not in _KOHYA_COMPONENTS[family] or path is None:
         raise _unknown(layer, family)
     return component, path

@@ -76,7 +76,7 @@ _MARKERS = (
     (re.compile(r"_(img|txt)_(mod_linear|mlp_fc[12])|_to_qkv_mlp_proj"), BaseModel.UNKNOWN),
     (re.compile(r"(double|single|single_transformer)_blocks_"), BaseModel.FLUX),
     (re.compile(r"joint_blocks_"), BaseModel.SD3),
-    (re.compile(r"^unet:(add_embedding|label_emb)_|_[0-9]_transformer_blocks_[1-9]", re.M), BaseModel.SDXL),
+    (re.compile(r":(add_embedding|label_emb)_|_[0-9]_transformer_blocks_[1-9]"), BaseModel.SDXL),
 )
 """Text in layer names → family; the first that occurs counts. Only SDXL's UNet has transformers deeper than 1.
 
@@ -93,6 +93,8 @@ _WITH_MORE_TEXT_ENCODERS = (BaseModel.SDXL, BaseModel.SD3, BaseModel.FLUX)
 _TE2 = re.compile(r"^te2:(?!encoder_block_)", re.M)
 """The second CLIP, of SDXL and SD 3; Flux's second text encoder is T5."""
 
+_UNETS = ("unet:", "controlnet")
+"""How names of layers of a UNet, or of a ControlNet, which is a copy of a half of it, begin."""
 _CONTEXT_LAYERS = ("attn2_to_k", "attn2_to_v")
 _CONTEXT = {768: BaseModel.SD1, 1024: BaseModel.SD2, 2048: BaseModel.SDXL, 1280: BaseModel.SDXL}
 """Width of the text embedding that the UNet reads → family; 1280 is SDXL's refiner."""
@@ -143,7 +145,7 @@ def _of_widths(shapes: Shapes) -> BaseModel | None:
     )
     if family := next(filter(None, blocks), None):
         return family
-    contexts = [_CONTEXT[width] for width in _widths(shapes, "unet:", _CONTEXT_LAYERS) if width in _CONTEXT]
+    contexts = [_CONTEXT[width] for width in _widths(shapes, _UNETS, _CONTEXT_LAYERS) if width in _CONTEXT]
     if contexts:
         return contexts[0]
     return BaseModel.SD2 if _OPEN_CLIP_H in _widths(shapes, "te1:", _TE_LAYERS) else None
@@ -151,11 +153,11 @@ def _of_widths(shapes: Shapes) -> BaseModel | None:
 
 def _of_clip_l(shapes: Shapes) -> BaseModel | None:
     """The text encoder that says least."""
-    only_te = not any(name.startswith(("unet:", "transformer:")) for name in shapes)
+    only_te = not any(name.startswith((*_UNETS, "transformer:")) for name in shapes)
     return BaseModel.SD1 if only_te and _CLIP_L in _widths(shapes, "te1:", _TE_LAYERS) else None
 
 
-def _widths(shapes: Shapes, component: str, endings: tuple[str, ...]) -> Iterator[int]:
+def _widths(shapes: Shapes, component: str | tuple[str, ...], endings: tuple[str, ...]) -> Iterator[int]:
     return (
         shape[1]
         for name, shape in shapes.items()

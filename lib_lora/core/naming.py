@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 GROUP_SHOWN = 3
+CONTROLNETS = ("controlnet", *(f"controlnet_{number}" for number in range(2, 10)))
+"""The ControlNets of a pipeline, in its order: components of their own, and how keys of LoRAs for them begin."""
 
 
 class KeyParts(NamedTuple):
@@ -41,6 +43,8 @@ class _Prefix(NamedTuple):
 
 
 _PREFIXES = (
+    *(_Prefix(f"lora_{name}_", name, "kohya") for name in reversed(CONTROLNETS)),
+    *(_Prefix(f"{name}.", name, "diffusers") for name in CONTROLNETS),
     _Prefix("lora_unet_", "unet", "kohya"),
     _Prefix("lora_te1_", "te1", "kohya"),
     _Prefix("lora_te2_", "te2", "kohya"),
@@ -134,6 +138,7 @@ PIPELINE_PARTS = {
     "te2": "text_encoder_2",
     "te3": "text_encoder_3",
     "transformer": "transformer",
+    **{name: name for name in CONTROLNETS},
 }
 """Component → its name in a pipeline of diffusers, in its folders and its files."""
 

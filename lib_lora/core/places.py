@@ -189,6 +189,7 @@ _STRUCTURES = {
     "unet": (
         ("output_blocks.0.", _ldm_unet),
         ("up_blocks.0.", _diffusers_unet),
+        ("controlnet_cond_embedding.", _diffusers_unet),
         ("double_blocks.0.img_attn.qkv", partial(_original_mmdit, FLUX)),
         ("joint_blocks.0.x_block.", partial(_original_mmdit, SD3)),
         ("single_transformer_blocks.0.attn.to_q", partial(_diffusers_mmdit, FLUX)),

@@ -105,7 +105,7 @@ def match_network(keymap: KeyMap, network: Network) -> Match:
         raise BaseModelMismatchError(
             f"{network.name} was made for {network.base_model.value}, this model is {keymap.base_model.value}"
         )
-    places = {name: keymap.parts(name) for name in network.adapters}
+    places = _places(keymap, network)
     _check_spellings(network, places)
     unmatched = [name for name, parts in places.items() if not parts]
     layers = [pair for name, parts in places.items() for pair in _divided(network, name, parts)]
@@ -118,6 +118,15 @@ def match_network(keymap: KeyMap, network: Network) -> Match:
         )
     _check_shapes(network, layers)
     return Match(network, layers, unmatched)
+
+
+def _places(keymap: KeyMap, network: Network) -> dict[str, Sequence[Part]]:
+    """Where each layer of the network acts; what it says of a ControlNet's layer itself goes before the UNet's."""
+    places = {name: keymap.parts(name) for name in network.adapters}
+    named = {part.layer for parts in places.values() for part in parts if not part.is_copy}
+    return {
+        name: [part for part in parts if not (part.is_copy and part.layer in named)] for name, parts in places.items()
+    }
 
 
 def _divided(network: Network, name: str, parts: Sequence[Part]) -> Iterator[tuple[LayerRef, WeightAdapter]]:
