@@ -230,11 +230,16 @@ def _read_curve(text: str, own: Sequence[str], presets: Presets) -> dict[str, fl
     shape, offset = match.groups()
     raised = 0.0 if offset is None else read_strength("what is added to the curve of lbw", offset)
     last = max(len(own) - 1, 1)
-    return {BASE: 1.0} | {block: raised + _curve(shape, index / last) for index, block in enumerate(own)}
+    return {BASE: 1.0} | {block: raised + curve(shape, index / last) for index, block in enumerate(own)}
 
 
-def _curve(shape: str, position: float) -> float:
-    """Args: position: From 0 at the first block to 1 at the last."""
+def curve(shape: str, position: float) -> float:
+    """A block's number, of one of `CURVES`.
+
+    Args:
+        shape: The curve.
+        position: From 0 at the first block to 1 at the last.
+    """
     if shape == "zeros":
         return 0.0
     if shape in ("cosine", "reverse_linear"):
