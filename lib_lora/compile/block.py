@@ -10,6 +10,7 @@ import torch
 from lib_lora.compile.attempt import Failure, attempt
 from lib_lora.compile.forms import call_form
 from lib_lora.compile.judge import disagreement, is_finite
+from lib_lora.compile.variants import Variant
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,28 +21,32 @@ if TYPE_CHECKING:
 
 MOST_FORMS = 64
 """A number that is new in every call would be compiled for without end."""
+MOST_VAIN = 8
+"""Attributes that are new in every call too, and what torch specialises on without our knowing."""
 
 
 class Block:
     """Stands where a module's forward was.
 
     A call of a form that was not met before is answered eagerly, and the form is asked for. When that was built, the
-    next such call is answered eagerly once more and compared; from then on the compiled one answers.
+    next such call is answered eagerly once more and compared; from then on the compiled one answers, as long as the
+    block stays as it is. What was built for the way it was before is kept, for what is switched on is often switched
+    off again.
 
     Attributes:
         name: In its model.
         module: The block.
         eager: Its forward as it was.
-        built: Form → compiled, not yet compared.
-        trusted: Form → compiled, compared.
+        variant: The block as it is, or was in the last call, with what was compiled for it.
         reason: Why it stays eager, a clause, or ``""``.
+        is_paused: Whether it computes eagerly for a while.
     """
 
     def __init__(
         self,
         name: str,
         module: nn.Module,
-        ask: Callable[[Block, CallForm], None],
+        ask: Callable[[Block, Variant, CallForm], None],
         fail: Callable[[Block, Failure], None],
     ) -> None:
         """Take the forward's place.
@@ -49,20 +54,23 @@ class Block:
         Args:
             name: In its model.
             module: The block.
-            ask: Called with forms that are to be built; puts them into `built`.
+            ask: Called with forms that are to be built; puts them into `Variant.built`.
             fail: Called when it was found that something does not work.
         """
         self.name = name
         self.module = module
         self.eager: Callable[..., Any] = module.forward
-        self.built: dict[CallForm, Callable[..., Any]] = {}
-        self.trusted: dict[CallForm, Callable[..., Any]] = {}
         self.reason = ""
-        self._asked = set["CallForm"]()
+        self.is_paused = False
+        self._vain = 0
         self._ask, self._fail = ask, fail
         self._others = vars(module).get("forward")
         self._inside = [vars(part) for part in module.modules() if part is not module]
         self._replaced = [inside.get("forward") for inside in self._inside]
+        self._hooks = [
+            inside[kind] for inside in self._inside for kind in ("_forward_hooks", "_forward_pre_hooks")
+        ]
+        self.variant = self._before = Variant(name, module, self.eager)
 
         @functools.wraps(self.eager)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -74,31 +82,36 @@ class Block:
     @property
     def is_altered(self) -> bool:
         """Whether other code hooked or replaced forwards inside since: a graph that was compiled does not see that."""
-        return any(
-            inside["_forward_hooks"] or inside["_forward_pre_hooks"] or inside.get("forward") is not before
-            for inside, before in zip(self._inside, self._replaced, strict=True)
-        )
+        return any(self._hooks) or [inside.get("forward") for inside in self._inside] != self._replaced
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing may be compiled of it now."""
+        return bool(self.reason) or self.is_paused or self.is_altered
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``forward(*args, **kwargs)``."""
-        if self.reason or torch.is_grad_enabled() or self.is_altered:
+        form = None if torch.is_grad_enabled() or self.is_idle else call_form(self.module, args, kwargs)
+        if form is None or not self._is_known():
             return self.eager(*args, **kwargs)
-        form = call_form(self.module, args, kwargs)
-        if form is not None and (compiled := self.trusted.get(form)):
-            return self._run(compiled, args, kwargs)
+        if compiled := self.variant.trusted.get(form):
+            return self._run(form, compiled, args, kwargs)
         expected = self.eager(*args, **kwargs)
-        if form is not None and form in self.built:
+        if form in self.variant.built:
             self._compare(form, expected, args, kwargs)
-        elif form is not None and form not in self._asked and len(self._asked) < MOST_FORMS:
-            self._asked.add(form)
-            self._ask(self, form)
+        elif form not in self.variant.asked and len(self.variant.asked) < MOST_FORMS:
+            self.variant.asked.add(form)
+            self._ask(self, self.variant, form)
         return expected
+
+    def start_over(self) -> None:
+        """Forget all that was compiled."""
+        self.variant = self._before = Variant(self.name, self.module, self.eager)
 
     def release(self) -> None:
         """Give the forward back; where somebody else put another over it, that one reaches the eager one."""
         self.reason = "released"
-        self.built.clear()
-        self.trusted.clear()
+        self.start_over()
         if vars(self.module).get("forward") is not self._forward:
             return
         if self._others is None:
@@ -106,21 +119,46 @@ class Block:
         else:
             self.module.forward = self._others
 
-    def _run(self, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _is_known(self) -> bool:
+        """Find the variant that the block is now; False if that is another one all the time."""
+        if self.variant.is_current:
+            return True
+        self._count_vain(not self.variant.trusted, "its attributes are others in each call")
+        now = self._before if self._before.is_current else Variant(self.name, self.module, self.eager)
+        self.variant, self._before = now, self.variant
+        return not self.reason
+
+    def _run(
+        self, form: CallForm, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         result = attempt(lambda: compiled(*args, **kwargs))
         if isinstance(result, Failure):
-            self._fail(self, result)
+            self._take_back(form, result)
             return self.eager(*args, **kwargs)
         return result
 
     def _compare(self, form: CallForm, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        compiled = self.built[form]
+        compiled = self.variant.built[form]
         got = attempt(lambda: compiled(*args, **kwargs))
         if isinstance(got, Failure):
-            self._fail(self, got)
+            self._take_back(form, got)
         elif not is_finite(expected):
             return  # no reference; the next call may be one
         elif problem := disagreement(expected, got):
             self._fail(self, Failure(f"it computes something else: {problem}"))
         else:
-            self.trusted[form] = self.built.pop(form)
+            self.variant.trusted[form] = self.variant.built.pop(form)
+
+    def _take_back(self, form: CallForm, failure: Failure) -> None:
+        """What was compiled does not serve this call: it is asked for again, if there was just no graph for it."""
+        for place in (self.variant.built, self.variant.trusted):
+            place.pop(form, None)
+        if failure.is_stale:
+            self.variant.asked.discard(form)
+            self._count_vain(True, "no graph of it served a second call")
+        self._fail(self, failure)
+
+    def _count_vain(self, is_vain: bool, clause: str) -> None:
+        self._vain = self._vain + 1 if is_vain else 0
+        if self._vain > MOST_VAIN:
+            self._fail(self, Failure(clause))

@@ -65,7 +65,7 @@ class BlockwiseHandle:
         self._background = Background()
         self._asked = self._done = self._switches = 0
         self._switch_ms = 0.0
-        self._reason = ""
+        self._reason = self._pause = ""
         self._blocks = [Block(path, block, self._ask, self._fail) for path, block in blocks.items()]
 
     @property
@@ -80,7 +80,7 @@ class BlockwiseHandle:
             recompiles=self._compiler.recompiles,
             switches=self._switches,
             switch_ms=self._switch_ms,
-            reason=self._reason or self._altered(),
+            reason=self._reason or self._paused() or self._altered(),
         )
 
     def weights_changed(self, layers: Sequence[LayerRef]) -> None:
@@ -91,6 +91,12 @@ class BlockwiseHandle:
             self._give_up(f"The weights of {len(layers)} layers could not be brought into it: {failure.reason}")
         self._switches += 1
         self._switch_ms = (time.perf_counter() - start) * 1e3
+
+    def pause(self, clause: str) -> None:
+        """Compute eagerly as long as something changes what the model's parts do; ``""`` ends that."""
+        self._pause = clause
+        for block in self._blocks:
+            block.is_paused = bool(clause)
 
     def wait(self, seconds: float | None = None) -> bool:
         """Until nothing is left to compile."""
@@ -133,6 +139,9 @@ class BlockwiseHandle:
         self._reason = f"All of it runs eagerly. {clause.rstrip('.')}."
         for block in self._blocks:
             block.release()
+
+    def _paused(self) -> str:
+        return f"It runs eagerly while {self._pause}." if self._pause else ""
 
     def _altered(self) -> str:
         altered = [block.name for block in self._blocks if block.is_altered]

@@ -27,6 +27,9 @@ class EagerHandle:
     def weights_changed(self, layers: Sequence[LayerRef]) -> None:
         """Nothing was derived from the weights."""
 
+    def pause(self, clause: str) -> None:
+        """It is eager."""
+
     def wait(self, seconds: float | None = None) -> bool:
         """There is nothing to wait for."""
         return True

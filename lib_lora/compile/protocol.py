@@ -70,6 +70,14 @@ class Handle(Protocol):
         """To be called after weights were written, before the next picture: `LoraSession`'s ``on_weights_changed``."""
         ...
 
+    def pause(self, clause: str) -> None:
+        """Compute eagerly as long as something changes what the model's parts do; ``""`` ends that.
+
+        Args:
+            clause: What it is, for the status.
+        """
+        ...
+
     def wait(self, seconds: float | None = None) -> bool:
         """Until all that was asked for is compiled; False if that takes longer."""
         ...
