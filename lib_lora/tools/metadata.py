@@ -197,6 +197,12 @@ def usual_prediction(family: BaseModel, metadata: Mapping[str, str] | None = Non
     return "epsilon"
 
 
+def base_model_facts(family: BaseModel, prediction: Prediction) -> dict[str, str]:
+    """``ss_base_model_version`` and ``ss_v2`` of a family; nothing of others than SD1, SD2 and SDXL."""
+    kind = _kind(family, prediction)
+    return {"ss_base_model_version": kind.base_model, "ss_v2": str(family is BaseModel.SD2)} if kind else {}
+
+
 def lora_metadata(
     tensors: Mapping[str, Tensor],
     base: Mapping[str, str],
@@ -223,9 +229,8 @@ def lora_metadata(
     """
     prediction = usual_prediction(family, base)
     metadata = {key: value for key, value in base.items() if not key.startswith("sshs_") and key not in _STALE}
-    if kind := _kind(family, prediction):
-        metadata.setdefault("ss_base_model_version", kind.base_model)
-        metadata["ss_v2"] = str(family is BaseModel.SD2)
+    if known := base_model_facts(family, prediction):
+        metadata = {**known, **metadata, "ss_v2": known["ss_v2"]}
     metadata |= network_facts(tensors, base.get("ss_network_args", ""))
     metadata |= model_spec(family, title=title, is_lora=True, prediction=prediction, merged_from=merged_from, now=now)
     return metadata | sshs_hashes(tensors, metadata, progress)
