@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import struct
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from lib_lora.core.opening import reason_of, shown
 from lib_lora.core.saving import DiskSpace, check_writable, no_progress, save_bytes
 from lib_lora.errors import FileError, JobError, OutputError
 from lib_lora.tools.outcome import Outcome
-from lib_lora.tools.pictures import encoded, open_picture, scaled, shaped
+from lib_lora.tools.pictures import UNREADABLE, encoded, open_picture, scaled, shaped, why_unreadable
 from lib_lora.tools.work import Work
 
 if TYPE_CHECKING:
@@ -33,8 +32,6 @@ TICK_SECONDS = 0.2
 _MOST_BYTES, _MOST_HEADER = 6, 4096
 """Of a picture, for each pixel and beside: noise takes 4.9 and some hundreds."""
 AT_MOST_NOTE = "at most: how well pictures are compressed, and whether they are whole, is known when they are read"
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-"""What PIL raises for damaged files."""
 
 
 class Skipped(NamedTuple):
@@ -169,8 +166,8 @@ class _Job(NamedTuple):
         try:
             image = open_picture(picture)
             files = [encoded(shaped(image, resolution, self.form), self.form) for resolution in self.form.resolutions]
-        except _UNREADABLE as error:
-            return _Done(skipped=_skipped(picture, error))
+        except UNREADABLE as error:
+            return _Done(skipped=Skipped(picture.name, why_unreadable(error)))
         contents = dict(zip(_names(picture, self.form), files, strict=True))
         for other in self.own[picture]:
             contents |= dict.fromkeys(_names(other, self.form, other.suffix), _read(other))
@@ -229,17 +226,11 @@ def _planned(picture: Path, form: ImageForm, own: Sequence[Path], work: Work) ->
         with Image.open(picture) as opened:
             size = opened.size
         sides = [scaled(size, resolution, form) for resolution in form.resolutions]
-    except _UNREADABLE as error:
-        return _Done(skipped=_skipped(picture, error))
+    except UNREADABLE as error:
+        return _Done(skipped=Skipped(picture.name, why_unreadable(error)))
     copied = sum(other.stat().st_size for other in own) * len(sides)
     most = sum(_MOST_BYTES * width * height + _MOST_HEADER for width, height in sides)
     return _Done(len(sides), len(own) * len(sides), most + copied, pixels=math.prod(size))
-
-
-def _skipped(picture: Path, error: Exception) -> Skipped:
-    if isinstance(error, UnidentifiedImageError):
-        return Skipped(picture.name, "it is no picture")
-    return Skipped(picture.name, str(error).partition("\n")[0] or "it is damaged")
 
 
 def _read(path: Path) -> bytes:

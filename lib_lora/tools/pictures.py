@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lib_lora.errors import JobError
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     Interpolation = Literal["area", "cubic", "lanczos4"]
 
 QUALITY = 100
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What PIL raises for damaged files."""
 _FILTERS = {"cubic": Image.Resampling.BICUBIC, "lanczos4": Image.Resampling.LANCZOS}
 _RESOLUTION = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -97,6 +100,13 @@ def open_picture(path: Path) -> Image.Image:
             return image.convert("RGB")
         layered = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
+
+
+def why_unreadable(error: Exception) -> str:
+    """What one of `UNREADABLE` says, for people."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no picture"
+    return str(error).partition("\n")[0] or "it is damaged"
 
 
 def scaled(size: tuple[int, int], resolution: Resolution, form: ImageForm) -> tuple[int, int]:

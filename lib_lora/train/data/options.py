@@ -1,0 +1,196 @@
+"""What a training set is and how it is used: kohya's options, under kohya's names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
+
+from lib_lora.errors import JobError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LATENT_STEP = 8
+"""Pixels that become one of the latents, along each side."""
+CACHE_FOLDER = ".prefuse-cache"
+
+_RATES = ("caption_dropout_rate", "caption_tag_dropout_rate")
+_COUNTS = ("train_batch_size", "vae_batch_size", "dataset_repeats", "bucket_reso_steps", "min_bucket_reso")
+_NOT_NEGATIVE = ("keep_tokens", "caption_dropout_every_n_epochs", "num_class_images", "max_data_loader_n_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """A training set.
+
+    kohya's defaults, but buckets are on, small pictures are not enlarged, and captions are .txt files.
+
+    Attributes:
+        train_data_dir: Folder of ``N_name`` folders, whose pictures are used N times in an epoch; or of pictures.
+        reg_data_dir: The same with regularisation pictures, which show what the model should not forget.
+        in_json: List of pictures with captions, .jsonl or kohya's .json; paths count from train_data_dir, or from the
+            list's folder.
+        dataset_repeats: How often each picture of in_json is used in an epoch.
+        resolution: Pixels of the sides, or width and height: 512 or 512,768. With buckets only their product counts.
+        enable_bucket: Whether pictures keep about the ratio of their sides, or are all cropped to `resolution`.
+        min_bucket_reso: Shortest side of a bucket in pixels; counts only without bucket_no_upscale.
+        max_bucket_reso: Longest side of a bucket in pixels; counts only without bucket_no_upscale.
+        bucket_reso_steps: Sides of buckets are multiples of it.
+        bucket_no_upscale: Whether pictures are never enlarged.
+        caption_extension: Of the captions' files; if not given, .txt and then .caption.
+        caption_separator: What stands between tags.
+        shuffle_caption: Whether tags are shuffled.
+        keep_tokens: So many tags at the beginning keep their places, and are never dropped.
+        keep_tokens_separator: If it is in a caption, the tags before it are kept so, and those after a second one.
+        caption_prefix: Put before each caption, with a space.
+        caption_suffix: Put behind each caption, with a space.
+        caption_dropout_rate: Probability that a caption is left empty.
+        caption_dropout_every_n_epochs: All captions are empty in each n-th epoch; 0 for never.
+        caption_tag_dropout_rate: Probability that a tag is left out.
+        flip_aug: Whether every second picture is mirrored, by chance.
+        random_crop: Whether pictures are cropped anywhere, or in the middle.
+        train_batch_size: Pictures of a step, in each process.
+        cache_latents: Whether pictures are encoded once, before the training.
+        cache_latents_to_disk: The same, kept in files for the next time.
+        vae_batch_size: Pictures encoded at once for that.
+        cache_text_encoder_outputs: Whether captions are encoded once, before the training.
+        cache_text_encoder_outputs_to_disk: The same, kept in files for the next time.
+        cache_dir: Folder of these files; if not given, .prefuse-cache in that of the pictures. May be deleted.
+        prior_loss_weight: Weight of regularisation pictures.
+        max_token_length: Tokens of a caption at most.
+        max_data_loader_n_workers: Threads that read pictures; 0 to read them when they are needed.
+        class_prompt: What missing regularisation pictures are drawn from, and their caption.
+        num_class_images: How many regularisation pictures there must be.
+        seed: Of all that is left to chance.
+
+    Raises:
+        JobError: If a value is impossible, or two contradict each other.
+    """
+
+    train_data_dir: Path | None = None
+    reg_data_dir: Path | None = None
+    in_json: Path | None = None
+    dataset_repeats: int = 1
+    resolution: tuple[int, ...] = (512,)
+    enable_bucket: bool = True
+    min_bucket_reso: int = 256
+    max_bucket_reso: int = 1024
+    bucket_reso_steps: int = 64
+    bucket_no_upscale: bool = True
+    caption_extension: str | None = None
+    caption_separator: str = ","
+    shuffle_caption: bool = False
+    keep_tokens: int = 0
+    keep_tokens_separator: str = ""
+    caption_prefix: str = ""
+    caption_suffix: str = ""
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    flip_aug: bool = False
+    random_crop: bool = False
+    train_batch_size: int = 1
+    cache_latents: bool = False
+    cache_latents_to_disk: bool = False
+    vae_batch_size: int = 1
+    cache_text_encoder_outputs: bool = False
+    cache_text_encoder_outputs_to_disk: bool = False
+    cache_dir: Path | None = None
+    prior_loss_weight: float = 1.0
+    max_token_length: Literal[75, 150, 225] = 75
+    max_data_loader_n_workers: int = 4
+    class_prompt: str = ""
+    num_class_images: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        _check([f"{name} {given[name]:g} is no probability" for name in _RATES if not 0 <= given[name] <= 1])
+        _check([f"{name} must be 1 or more, not {given[name]}" for name in _COUNTS if given[name] < 1])
+        _check([f"{name} can not be negative: {given[name]}" for name in _NOT_NEGATIVE if given[name] < 0])
+        _check(self._contradictions())
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.resolution[0], self.resolution[-1]
+
+    @property
+    def caption_extensions(self) -> tuple[str, ...]:
+        """Where captions are looked for, in this order."""
+        if self.caption_extension is None:
+            return ".txt", ".caption"
+        return (f".{self.caption_extension.removeprefix('.')}",)
+
+    @property
+    def caches_latents(self) -> bool:
+        """In memory or on the disk."""
+        return self.cache_latents or self.cache_latents_to_disk
+
+    @property
+    def caches_texts(self) -> bool:
+        """In memory or on the disk."""
+        return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where files of encoded pictures and captions are."""
+        if self.cache_dir is not None:
+            return self.cache_dir
+        return self.picture_folder / CACHE_FOLDER
+
+    @property
+    def picture_folder(self) -> Path:
+        """What relative paths of the list count from, and where the cache is.
+
+        Raises:
+            JobError: If there is neither a folder nor a list.
+        """
+        if self.train_data_dir is not None:
+            return self.train_data_dir
+        if self.in_json is None:
+            raise JobError("there is nothing to train on; give train_data_dir, a folder of pictures")
+        return self.in_json.parent
+
+    def _contradictions(self) -> list[str]:
+        varying = [name for name in ("shuffle_caption", "caption_tag_dropout_rate") if getattr(self, name)]
+        weight, steps = self.prior_loss_weight, self.bucket_reso_steps
+        found = {
+            f"prior_loss_weight {weight:g} is no weight; give 0 or more": not 0 <= weight < math.inf,
+            f"captions can not be encoded once when {' and '.join(varying)} changes them; leave one of both out": (
+                self.caches_texts and bool(varying)
+            ),
+            "latents can not be cached when random_crop changes what is seen; leave one of both out": (
+                self.caches_latents and self.random_crop
+            ),
+            f"bucket_reso_steps must be a multiple of {LATENT_STEP}, not {steps}": steps % LATENT_STEP != 0,
+            "num_class_images needs class_prompt, from which the pictures are drawn": (
+                self.num_class_images > 0 and not self.class_prompt.strip()
+            ),
+            "num_class_images needs reg_data_dir, the folder of these pictures": (
+                self.num_class_images > 0 and self.reg_data_dir is None
+            ),
+        }
+        return [*_size_faults(self), *(sentence for sentence, wrong in found.items() if wrong)]
+
+
+def _size_faults(options: DataOptions) -> list[str]:
+    """Why `resolution` can not be used."""
+    shown = ",".join(map(str, options.resolution))
+    if len(options.resolution) not in (1, 2) or min(options.resolution) < LATENT_STEP:
+        return [f"resolution {shown or 'of nothing'} is none; write 512, or width and height as in 512,768"]
+    shorter, longer = sorted(options.size)
+    if not options.enable_bucket:
+        uneven = shorter % LATENT_STEP or longer % LATENT_STEP
+        return [f"without buckets resolution must be a multiple of {LATENT_STEP}, not {shown}"] if uneven else []
+    if shorter * longer < options.bucket_reso_steps**2:
+        return [f"resolution {shown} is less than bucket_reso_steps {options.bucket_reso_steps}"]
+    low, high = options.min_bucket_reso, options.max_bucket_reso
+    within = options.bucket_no_upscale or low <= shorter <= longer <= high
+    return [] if within else [f"resolution {shown} is not within buckets from {low} to {high}"]
+
+
+def _check(faults: list[str]) -> None:
+    if faults:
+        raise JobError(faults[0])
