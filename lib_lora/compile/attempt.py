@@ -24,10 +24,16 @@ class Failure:
     Attributes:
         reason: A clause.
         is_general: Whether it would go wrong with every other block too: memory is short, or we refused.
+        is_stale: Whether there was no graph for the call, and one can be made.
     """
 
     reason: str
     is_general: bool = False
+    is_stale: bool = False
+
+
+class NoGraphError(RuntimeError):
+    """torch has compiled nothing that serves a call."""
 
 
 def attempt(action: Callable[[], Result]) -> Result | Failure:
@@ -45,7 +51,7 @@ def _failure(error: Exception) -> Failure:
             return Failure(str(cause), is_general=True)
         if isinstance(cause, OUT_OF_MEMORY):
             return Failure(f"memory ran out: {_first_line(cause)}", is_general=True)
-    return Failure(_first_line(error))
+    return Failure(_first_line(error), is_stale=isinstance(error, NoGraphError))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -67,9 +67,7 @@ class Block:
         self._others = vars(module).get("forward")
         self._inside = [vars(part) for part in module.modules() if part is not module]
         self._replaced = [inside.get("forward") for inside in self._inside]
-        self._hooks = [
-            inside[kind] for inside in self._inside for kind in ("_forward_hooks", "_forward_pre_hooks")
-        ]
+        self._hooks = [inside[kind] for inside in self._inside for kind in ("_forward_hooks", "_forward_pre_hooks")]
         self.variant = self._before = Variant(name, module, self.eager)
 
         @functools.wraps(self.eager)
@@ -128,9 +126,7 @@ class Block:
         self.variant, self._before = now, self.variant
         return not self.reason
 
-    def _run(
-        self, form: CallForm, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _run(self, form: CallForm, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = attempt(lambda: compiled(*args, **kwargs))
         if isinstance(result, Failure):
             self._take_back(form, result)

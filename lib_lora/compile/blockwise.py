@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lib_lora.compile.forms import CallForm
+    from lib_lora.compile.variants import Variant
     from lib_lora.core.layers import LayerRef
 
 logger = logging.getLogger(__name__)
@@ -28,13 +29,15 @@ logger = logging.getLogger(__name__)
 class Compiler(Protocol):
     """What a backend does for one block."""
 
-    @property
-    def recompiles(self) -> int:
-        """Compilations that a call started, not `build`."""
+    def build(self, block: Variant, form: CallForm) -> Callable[..., Any]:
+        """Compile a block for calls of a form, and make one; in the background's thread.
+
+        What comes out raises `NoGraphError` for a call that it was not compiled for.
+        """
         ...
 
-    def build(self, block: Block, form: CallForm) -> Callable[..., Any]:
-        """Compile a block for calls of a form, and make one; in the background's thread."""
+    def renew(self) -> bool:
+        """Leave behind what an earlier program may have left damaged; False if there is nothing like that."""
         ...
 
     def weights_changed(self, layers: Sequence[LayerRef]) -> None:
@@ -63,7 +66,7 @@ class BlockwiseHandle:
             )
         self._name, self._compiler = name, compiler
         self._background = Background()
-        self._asked = self._done = self._switches = 0
+        self._asked = self._done = self._recompiles = self._switches = 0
         self._switch_ms = 0.0
         self._reason = self._pause = ""
         self._blocks = [Block(path, block, self._ask, self._fail) for path, block in blocks.items()]
@@ -74,10 +77,10 @@ class BlockwiseHandle:
         return CompileStatus(
             backend=self._name,
             blocks=len(self._blocks),
-            compiled=tuple(block.name for block in self._blocks if block.trusted),
+            compiled=tuple(block.name for block in self._blocks if block.variant.trusted),
             asked=self._asked,
             done=self._done,
-            recompiles=self._compiler.recompiles,
+            recompiles=self._recompiles,
             switches=self._switches,
             switch_ms=self._switch_ms,
             reason=self._reason or self._paused() or self._altered(),
@@ -108,26 +111,37 @@ class BlockwiseHandle:
         for block in self._blocks:
             block.release()
 
-    def _ask(self, block: Block, form: CallForm) -> None:
+    def _ask(self, block: Block, variant: Variant, form: CallForm) -> None:
         self._asked += 1
-        self._background.add(partial(self._build, block, form))
+        self._background.add(partial(self._build, block, variant, form))
 
-    def _build(self, block: Block, form: CallForm) -> None:
-        if not block.reason:
-            built = attempt(lambda: self._compiler.build(block, form))
-            if isinstance(built, Failure):
-                self._fail(block, built)
-            elif not block.reason:
-                block.built[form] = built
+    def _build(self, block: Block, variant: Variant, form: CallForm) -> None:
+        """Build what was asked for, unless the block is not that way any more, before or after."""
+        built = attempt(lambda: self._compiler.build(variant, form)) if _is_still(block, variant) else None
+        if built is None or not _is_still(block, variant):
+            variant.asked.discard(form)
+        elif isinstance(built, Failure):
+            self._fail(block, built)
+        else:
+            variant.built[form] = built
         self._done += 1
 
     def _fail(self, block: Block, failure: Failure) -> None:
         """One block computes eagerly from now on; all of them, if the first fails or the others would too."""
         if block.reason:
             return  # it was released meanwhile
+        if failure.is_stale:
+            self._recompiles += 1
+            return
+        if not failure.is_general and self._compiler.renew():
+            logger.warning(
+                "%s: %s is compiled again, in an empty folder, for %s", self._name, block.name, failure.reason
+            )
+            block.start_over()
+            return
         sentence = f"{block.name} runs eagerly, for {failure.reason}"
         logger.warning("%s: %s", self._name, sentence)
-        works = any(other.built or other.trusted for other in self._blocks if other is not block)
+        works = any(other.variant.built or other.variant.trusted for other in self._blocks if other is not block)
         if failure.is_general or not works:
             self._give_up(f"{failure.reason} (at {block.name})")
             return
@@ -149,3 +163,7 @@ class BlockwiseHandle:
             return ""
         more = f" and {len(altered) - 1} more" if altered[1:] else ""
         return f"{altered[0]}{more} run eagerly while something is hooked into their layers."
+
+
+def _is_still(block: Block, variant: Variant) -> bool:
+    return not block.is_idle and variant.is_current

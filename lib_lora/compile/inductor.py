@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 
+from lib_lora.compile.attempt import NoGraphError
+from lib_lora.compile.block import MOST_FORMS
 from lib_lora.compile.blockwise import BlockwiseHandle
 from lib_lora.compile.forms import tensors_in, within
 from lib_lora.errors import CompileError
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.fx import GraphModule
 
-    from lib_lora.compile.block import Block
-    from lib_lora.compile.forms import CallForm
+    from lib_lora.compile.forms import CallForm, Surroundings
+    from lib_lora.compile.variants import Variant
     from lib_lora.core.layers import LayerRef
 
     Lowering = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]
@@ -36,6 +38,8 @@ FROZEN = (
     "torch._inductor.config.freezing is on, and a frozen graph would ignore every change of LoRAs without a word; "
     "switch it off (TORCHINDUCTOR_FREEZING=0)"
 )
+
+DISABLED = "torch.compile is switched off (TORCHDYNAMO_DISABLE=1); nothing is compiled"
 
 
 class Inductor:
@@ -85,41 +89,34 @@ class Inductor:
 
 
 class _BlockCompiler:
-    """Counts what is compiled, and when.
-
-    Attributes:
-        recompiles: Graphs that were compiled in a call, for a guard of all that were there had failed.
-    """
+    """Compiles in the background; where a picture is drawn, graphs are only ever looked up."""
 
     def __init__(self, lowering: Lowering, options: dict[str, Any]) -> None:
-        self.recompiles = 0
         self._lowering = lowering
         self._copies = bool(options)
         self._graphs = 0
-        self._builder: int | None = None
         # torch never forgets a backend, and this must not keep the model alive
-        self._compiled = WeakKeyDictionary["Block", "Callable[..., Any]"]()
+        self._compiled = WeakKeyDictionary["Variant", "dict[Surroundings, _Compiled]"]()
 
-    def build(self, block: Block, form: CallForm) -> Callable[..., Any]:
-        """Warm a block up with a call of this form; all forms share one compiled function, which finds its graph."""
-        if block not in self._compiled:
-            own = _with_own_code(block.eager)
-            self._compiled[block] = cast("Any", torch).compile(own, backend=self._lower)
-        compiled = self._compiled[block]
-        from torch._dynamo import config
+    def build(self, block: Variant, form: CallForm) -> Callable[..., Any]:
+        """Warm a block up with a call of this form.
 
-        exempt = cast("Any", config).patch(error_on_recompile=False)  # no picture waits for this one
+        All forms that differ in shapes alone share one compiled function, which finds its graph.
+        """
+        found = self._compiled.setdefault(block, {})
+        compiled = found.setdefault(form.surroundings, _Compiled(block.eager, self._lower))
         args, kwargs = form.example()
         _mark_sizes((args, kwargs))
-        self._builder = threading.get_ident()
         try:
-            with within(form.surroundings), exempt:
-                compiled(*args, **kwargs)
-        finally:
-            self._builder = None
-        if not self._graphs:
-            raise CompileError("torch.compile is switched off (TORCHDYNAMO_DISABLE=1); nothing is compiled")
-        return _copying(compiled) if self._copies else compiled
+            with within(form.surroundings):
+                compiled.warm_up(args, kwargs)
+        except NoGraphError:
+            raise (CompileError(DISABLED) if not self._graphs else RuntimeError("torch makes no graph of it")) from None
+        return _copying(compiled.run) if self._copies else compiled.run
+
+    def renew(self) -> bool:
+        """."""
+        return False
 
     def weights_changed(self, layers: Sequence[LayerRef]) -> None:
         """Graphs read the weights where they are written."""
@@ -127,22 +124,48 @@ class _BlockCompiler:
     def _lower(self, graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         _refuse_freezing()
         self._graphs += 1
-        self.recompiles += threading.get_ident() != self._builder
         return self._lowering(graph, inputs)
 
 
-def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own.
+class _Compiled:
+    """A function with a code object of its own, and the graphs of it.
 
     torch keeps compiled graphs at the code object, which all blocks of a class share: each call would try the guards
     of all of them, and after eight (its limit) the rest would stay eager.
     """
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
+    def __init__(self, forward: Callable[..., Any], lower: Lowering) -> None:
+        from torch import _dynamo
+        from torch._C._dynamo import eval_frame
 
-    call.__code__ = call.__code__.replace()
-    return call
+        dynamo = cast("Any", _dynamo)
+        is_compiling = dynamo.is_compiling
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not is_compiling():  # Python itself runs this line, for torch found no graph
+                raise NoGraphError("torch.compile has no graph for it")
+            return forward(*args, **kwargs)
+
+        call.__code__ = call.__code__.replace()
+        self._compile = cast("Any", torch).compile(call, backend=lower)
+        self._run = dynamo.run(call)
+        weakref.finalize(self, cast("Any", eval_frame).reset_code, call.__code__)
+
+    def warm_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compile what this call needs; no picture waits for it, so that nobody's ``error_on_recompile`` counts."""
+        from torch._dynamo import config
+
+        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+        with cast("Any", config).patch({"error_on_recompile": False, limit: MOST_FORMS}):
+            self._compile(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Look a graph up.
+
+        Raises:
+            NoGraphError: If no graph serves this call, whatever it is that changed.
+        """
+        return self._run(*args, **kwargs)
 
 
 def _mark_sizes(arguments: tuple[Any, ...]) -> None:

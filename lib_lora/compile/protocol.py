@@ -23,7 +23,8 @@ class CompileStatus:
         compiled: Names of those that run compiled.
         asked: Forms of calls that were met (block by block: shapes, dtypes), each of which is compiled or warmed up.
         done: Those of them that are ready, or were given up.
-        recompiles: Compilations that a picture had to wait for, as a switch must never make one.
+        recompiles: Calls that were answered eagerly though their form had been compiled, and compiled anew, as a switch
+            must never make one.
         switches: Changes of weights that were told.
         switch_ms: What the last of them cost the compiled blocks, in milliseconds.
         reason: Why a part or all of it runs eagerly: a sentence, or ``""``.

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from lib_lora.compile.block import Block
     from lib_lora.compile.forms import CallForm
     from lib_lora.compile.tensorrt_package import Package
+    from lib_lora.compile.variants import Variant
     from lib_lora.core.layers import LayerRef
 
 SEED = 7
@@ -65,13 +65,7 @@ class TensorRT:
 
 
 class EngineBuilder:
-    """Builds engines in the background's thread, and refits them in the session's.
-
-    Attributes:
-        recompiles: 0; an engine is only ever called in the form that it was built for.
-    """
-
-    recompiles = 0
+    """Builds engines in the background's thread, and refits them in the session's."""
 
     def __init__(self, package: Package, cache: Path | None, *, direct: bool = True) -> None:
         """Nothing is built yet.
@@ -90,7 +84,7 @@ class EngineBuilder:
         """All that were built."""
         return tuple(self._built)
 
-    def build(self, block: Block, form: CallForm) -> Callable[..., Any]:
+    def build(self, block: Variant, form: CallForm) -> Callable[..., Any]:
         """Engines for calls of one form; parts that TensorRT can not compute are left to torch.
 
         Raises:
@@ -105,6 +99,10 @@ class EngineBuilder:
             engines.refit(_weights(block.module))
             self._built.append(Built(block.module, engines))
         return partial(flat.call, engines)
+
+    def renew(self) -> bool:
+        """Engines of the cache are checked one by one."""
+        return False
 
     def weights_changed(self, layers: Sequence[LayerRef]) -> None:
         """Refit the engines in which these layers are, with nothing but them where TensorRT allows."""
@@ -174,7 +172,7 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in module.named_parameters()}
 
 
-def _random_copy(block: Block) -> nn.Module:
+def _random_copy(block: Variant) -> nn.Module:
     """The block with a forward and weights of its own, random ones, no two of which are alike.
 
     Raises:

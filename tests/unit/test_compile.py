@@ -141,8 +141,8 @@ def test_blocks_that_are_called_one_by_one_stay_compiled(compiled):
         for _ in range(2):
             unet.down_blocks[0](**inputs)
             assert handle.wait(WAIT_SECONDS)
-        for form, made in list(block.trusted.items()):
-            block.trusted[form] = lambda *args, made=made, **kwargs: called.append(1) or made(*args, **kwargs)
+        for form, made in list(block.variant.trusted.items()):
+            block.variant.trusted[form] = lambda *args, made=made, **kwargs: called.append(1) or made(*args, **kwargs)
         got, _ = unet.down_blocks[0](**inputs)
     assert difference(got, expected) < TOLERANCE[torch.float32]
     assert called
