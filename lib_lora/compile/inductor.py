@@ -139,12 +139,12 @@ class _Compiled:
         from torch._C._dynamo import eval_frame
 
         dynamo = cast("Any", _dynamo)
-        is_compiling = dynamo.is_compiling
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if not is_compiling():  # Python itself runs this line, for torch found no graph
+        # defaults and no closure, for torch 2.1 never lets go of the cells of one
+        def call(*args: Any, _forward: Any = forward, _is_compiling: Any = dynamo.is_compiling, **kwargs: Any) -> Any:
+            if not _is_compiling():  # Python itself runs this line, for torch found no graph
                 raise NoGraphError("torch.compile has no graph for it")
-            return forward(*args, **kwargs)
+            return _forward(*args, **kwargs)
 
         call.__code__ = call.__code__.replace()
         self._compile = cast("Any", torch).compile(call, backend=lower)
