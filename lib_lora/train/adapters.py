@@ -94,7 +94,7 @@ class LoraLayer(nn.Module):
     def _unscaled(self, x: Tensor) -> tuple[Tensor, float]:
         """What `up` gives, and the scale: multiplying by it is left to the sum, which does it in passing."""
         down, up, scale = self.factors()
-        hidden = _product(self.lora_down, _as(x, down), down)
+        hidden = _product(self.lora_down, x, down)
         if self.training and self.dropouts.neuron:
             hidden = functional.dropout(hidden, self.dropouts.neuron)
         if self.training and self.dropouts.rank:
@@ -179,7 +179,8 @@ def _factors(base: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear | nn.Con
 
 
 def _product(layer: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """What `layer` computes with another weight."""
+    """What `layer` computes with another weight, in the type of `x`; autocast may choose another."""
+    weight = weight.to(x.dtype)
     if isinstance(layer, nn.Linear):
         return functional.linear(x, weight)
     return layer._conv_forward(x, weight, None)  # pyright: ignore[reportPrivateUsage] -- knows every padding mode
@@ -192,15 +193,3 @@ def _kept_ranks(hidden: Tensor, share: float, layer: nn.Module) -> Tensor:
     between = (1,) * (hidden.ndim - 2)
     shape = (*between, ranks) if isinstance(layer, nn.Linear) else (ranks, *between)
     return kept.reshape(len(hidden), *shape)
-
-
-def _as(x: Tensor, weight: Tensor) -> Tensor:
-    """`x` in the type of the weight; autocast sees to that itself, and casting to float32 before would cost memory."""
-    if x.dtype == weight.dtype or _is_autocast(x.device.type):
-        return x
-    return x.to(weight.dtype)
-
-
-def _is_autocast(device: str) -> bool:
-    # torch 2.1 asks for each device under a name of its own
-    return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()

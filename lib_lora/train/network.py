@@ -38,6 +38,7 @@ class TrainNetwork(nn.Module):
     """The layers that are trained. Parameters are float32 whatever the model's are; `state_dict` has kohya's keys.
 
     Attributes:
+        bases: Name in the file → layer of the model.
         options: What it was made from.
         family: The model's.
         notes: Sentences for the user about what was tolerated.
@@ -57,7 +58,7 @@ class TrainNetwork(nn.Module):
         self.options = options
         self.family = model.family
         self.notes = tuple(notes)
-        self._bases = dict(bases)
+        self.bases = dict(bases)
         self._roots = dict(model.components)
         self._layout = model.layout
         self._units = _shared_units(layers, options)
@@ -77,7 +78,7 @@ class TrainNetwork(nn.Module):
         """Let the model compute with it: forward hooks on its layers; `release` takes them back."""
         self.release()
         for name, layer in self.layers.items():
-            self._handles.append(self._bases[name].register_forward_hook(layer.add))
+            self._handles.append(self.bases[name].register_forward_hook(layer.add))
         for component, units in self._units.items():
             self._handles.append(self._roots[component].register_forward_pre_hook(units.draw))
 
