@@ -195,8 +195,7 @@ class ModelPatcher:
 
     def _kernel(self, patch: LayerPatch, out: Tensor, compat: Compat) -> None:
         if patch.held is not None:
-            start, terms = self._held.start(patch, out), self._held.terms(patch, out)
-            numerics.fuse_layer(start, terms, out, self._workspace)
+            self._held.fuse(patch, out, self._workspace)
         elif compat == "a1111":
             fuse_layer_a1111(self._base(patch.layer, out), patch.terms, out, patch.layer)
         else:
