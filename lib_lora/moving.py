@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lib_lora.core.adapters import is_low_rank
 from lib_lora.core.division import takes_hooks
+from lib_lora.core.held import takes_products
 from lib_lora.core.layers import is_fp8
 from lib_lora.core.memory import free_bytes
 from lib_lora.core.ways import EXACT, FEW_MOVES, Load, Movement, Ways, choose, rates_of
@@ -127,7 +128,7 @@ def _choose_ways(futures: Mapping[str, Future], may_hook: bool) -> Ways:
             others[layer.key] = others.get(layer.key, 0) + adapter.rank
     places: dict[Way, dict[str, set[str]]] = {"exact": {}, "held": {}, "hooked": {}}
     for uid, future in restless.items():
-        place = places[_way(future, others, may_hook)]
+        place = places[_way(future, others, may_hook, alone=len(restless) == 1)]
         for layer, _ in future.layers:
             place.setdefault(layer.key, set()).add(uid)
     can_hold = holdable(pair for future in restless.values() for pair in future.layers)
@@ -135,11 +136,11 @@ def _choose_ways(futures: Mapping[str, Future], may_hook: bool) -> Ways:
     return Ways(held, {key: frozenset(uids) for key, uids in places["hooked"].items()})
 
 
-def _way(future: Future, others: Mapping[str, int], may_hook: bool) -> Way:
+def _way(future: Future, others: Mapping[str, int], may_hook: bool, *, alone: bool) -> Way:
     pairs = future.layers
     if not pairs:
         return "exact"
-    loads = [_load(layer, adapter, others.get(layer.key, 0)) for layer, adapter in pairs]
+    loads = [_load(layer, adapter, others.get(layer.key, 0), alone=alone) for layer, adapter in pairs]
     weight = pairs[0][0].weight()
     movement = Movement(
         moves=len(future.moves),
@@ -152,10 +153,17 @@ def _way(future: Future, others: Mapping[str, int], may_hook: bool) -> Way:
     return choose(movement, rates_of(weight.device.type, weight.dtype))
 
 
-def _load(layer: LayerRef, adapter: WeightAdapter, others: int) -> Load:
-    elements, rows = math.prod(layer.shape), layer.shape[0]
-    size, edge = layer.weight().element_size(), rows + elements // rows
-    return Load(elements, size, edge, adapter.rank, others, _can_hold(layer, adapter))
+def _load(layer: LayerRef, adapter: WeightAdapter, others: int, *, alone: bool) -> Load:
+    elements, rows, weight = math.prod(layer.shape), layer.shape[0], layer.weight()
+    return Load(
+        elements=elements,
+        itemsize=weight.element_size(),
+        edge=rows + elements // rows,
+        rank=adapter.rank,
+        others=others,
+        can_hold=_can_hold(layer, adapter),
+        can_keep=alone and takes_products(weight),
+    )
 
 
 def _clause(future: Future, uid: str, ways: Ways) -> str:

@@ -1,4 +1,8 @@
-"""The sums of LoRAs that stay, kept while others move: `LayerPatch.held`, rounded."""
+"""What is kept while strengths move: the sums of LoRAs that stay, `LayerPatch.held`, and the product that is added.
+
+A sum is rounded to the weight's dtype. On a CPU the product of the one LoRA that moves is kept beside it, rounded too,
+where memory is free for it: a move then reads both and writes the weight, which takes half as long as the product.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lib_lora.core.numerics import Term, prepared
+from lib_lora.core import numerics
+from lib_lora.core.memory import free_bytes, new_block
+from lib_lora.core.numerics import Term
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -16,21 +22,52 @@ if TYPE_CHECKING:
 
     from lib_lora.core.adapters import WeightAdapter
     from lib_lora.core.plan import FusePlan, LayerPatch, PatchKey
+    from lib_lora.core.workspace import Workspace
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Held:
     """One layer's sum.
 
     Attributes:
         key: What is in it.
         weight: Of the layer's own dtype and shape.
-        prepared: Adapter that moves → the same, its factors as the kernel takes them.
+        product: Room for the ΔW of one that moves, of the same dtype and shape, or None.
     """
 
     key: PatchKey
     weight: Tensor
-    prepared: dict[WeightAdapter, WeightAdapter] = field(default_factory=dict["WeightAdapter", "WeightAdapter"])
+    product: Tensor | None
+    _multiplied: WeightAdapter | None = None
+    _prepared: dict[WeightAdapter, WeightAdapter] = field(default_factory=dict["WeightAdapter", "WeightAdapter"])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the sum and the product."""
+        return self.weight.nbytes * (1 if self.product is None else 2)
+
+    def fuse(self, terms: Sequence[Term], out: Tensor, workspace: Workspace) -> None:
+        """Write the sum and these terms, added and rounded, to `out`."""
+        product = self.product
+        if product is None or product.device != out.device or not _is_one_product(terms, out):
+            numerics.fuse_layer(self.weight.to(out.device), self._ready(terms, out), out, workspace)
+            return
+        ((adapter, factor),) = terms
+        if self._multiplied is not adapter:
+            self._multiplied = None
+            numerics.fuse_layer(_nothing(product), [Term(adapter, 1.0)], product, workspace)
+            self._multiplied = adapter
+        # torch.add would round the factor to the dtype of the weights
+        torch.addcmul(self.weight, product, torch.ones((), dtype=out.dtype), value=factor, out=out)
+
+    def _ready(self, terms: Sequence[Term], out: Tensor) -> Sequence[Term]:
+        """The factors of one alone are converted once, not at each move."""
+        if len(terms) != 1:
+            return terms
+        ((adapter, factor),) = terms
+        if adapter not in self._prepared:
+            self._prepared[adapter] = numerics.prepared(adapter, out)
+        return [Term(self._prepared[adapter], factor)]
 
 
 class HeldSums:
@@ -41,8 +78,8 @@ class HeldSums:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the sums."""
-        return sum(held.weight.numel() * held.weight.element_size() for held in self._held.values())
+        """Memory of all."""
+        return sum(held.nbytes for held in self._held.values())
 
     def keep(self, plan: FusePlan) -> None:
         """Free the sums that the plan does not add to."""
@@ -57,23 +94,20 @@ class HeldSums:
             fill: Writes the sum of a `LayerPatch.held` into a tensor.
         """
         new = [patch for patch in patches if patch.held is not None and patch.layer.key not in self._held]
-        for patch, weight in zip(new, _alike([patch.layer.live() for patch in new]), strict=True):
+        weights = [patch.layer.live() for patch in new]
+        rooms = _alike(weights) if _have_room(new) else [None] * len(new)
+        for patch, weight, room in zip(new, _alike(weights), rooms, strict=True):
             if patch.held is not None:
                 fill(patch.held, weight)
-                self._held[patch.layer.key] = Held(patch.held.key, weight)
+                self._held[patch.layer.key] = Held(patch.held.key, weight, room)
 
     def start(self, patch: LayerPatch, like: Tensor) -> Tensor:
         """The sum that a patch's terms are added to, on the device of `like`."""
         return self._held[patch.layer.key].weight.to(like.device)
 
-    def terms(self, patch: LayerPatch, out: Tensor) -> Sequence[Term]:
-        """What is added; the factors of one alone are converted once, not at each move."""
-        if len(patch.terms) != 1:
-            return patch.terms
-        (adapter, factor), known = patch.terms[0], self._held[patch.layer.key].prepared
-        if adapter not in known:
-            known[adapter] = prepared(adapter, out)
-        return (Term(known[adapter], factor),)
+    def fuse(self, patch: LayerPatch, out: Tensor, workspace: Workspace) -> None:
+        """Write the sum and a patch's terms, added and rounded, to `out`."""
+        self._held[patch.layer.key].fuse(patch.terms, out, workspace)
 
     def forget(self, key: str) -> None:
         """Free one."""
@@ -84,6 +118,33 @@ class HeldSums:
         self._held.clear()
 
 
+def takes_products(weight: Tensor) -> bool:
+    """Whether a product is read faster than it is made, and torch adds its multiple in float32.
+
+    A GPU's memory is slow beside its GEMMs. fp16 has a narrow range, and torch 2.1 multiplies in it.
+    """
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+
+
+def _have_room(patches: Sequence[LayerPatch]) -> bool:
+    """Whether one term moves at a time, and sums and products of these weights fit the memory that is free."""
+    weights = [patch.layer.live() for patch in patches]
+    if not weights or any(len(patch.terms) > 1 for patch in patches) or not all(map(takes_products, weights)):
+        return False
+    free = free_bytes(weights[0].device)
+    return free is None or 2 * sum(weight.nbytes for weight in weights) <= free
+
+
+def _is_one_product(terms: Sequence[Term], out: Tensor) -> bool:
+    """Whether there is one term, and its ΔW stays finite at strength 1, whatever strength is asked for."""
+    return len(terms) == 1 and numerics.is_finite_for_sure([Term(terms[0].adapter, 1.0)], 0.0, out.dtype)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """Zeros of the shape of `like`, in float32, so that factors are not rounded before they are multiplied."""
+    return torch.zeros((), dtype=torch.float32, device=like.device).expand(like.shape)
+
+
 def _alike(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     """An empty tensor for each, all cut from one block: the system hands out one large block faster than many."""
     blocks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -91,6 +152,6 @@ def _alike(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         kind = tensor.dtype, tensor.device
         if kind not in blocks:
             total = sum(other.numel() for other in tensors if (other.dtype, other.device) == kind)
-            blocks[kind] = torch.empty(total, dtype=tensor.dtype, device=tensor.device)
+            blocks[kind] = new_block(total, *kind)
         piece, blocks[kind] = blocks[kind].tensor_split([tensor.numel()])
         yield piece.view(tensor.shape)

@@ -2,7 +2,8 @@
 
 - ``exact``: all LoRAs of a layer are fused anew at each move. One rounding, no memory.
 - ``held``: the sum of those that stay is rounded and kept; at a move the one that moves is added to it, at the cost of
-  its own rank. Two roundings, and one more copy of the weights it acts on.
+  its own rank. Two roundings, and one more copy of the weights it acts on. On a CPU, where memory allows one more, its
+  product is rounded and kept too, and a move costs what reading both does.
 - ``hooked``: the one that moves is no part of the weights; forwards add it, which each step pays where it acts.
 """
 
@@ -91,6 +92,8 @@ class Load(NamedTuple):
         rank: Of the moving network.
         others: Σ rank of the networks that stay.
         can_hold: Whether their sum can be held (see `moving.holdable`).
+        can_keep: Whether the product of the moving network, the only one that moves, can be kept too (see
+            `held.takes_products`).
     """
 
     elements: int
@@ -99,11 +102,17 @@ class Load(NamedTuple):
     rank: int
     others: int
     can_hold: bool = True
+    can_keep: bool = False
 
     @property
     def is_held(self) -> bool:
         """Whether there is a sum to hold, and it can be."""
         return self.can_hold and self.others > 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its weight."""
+        return self.elements * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -153,11 +162,12 @@ def exact_cost(movement: Movement, rates: Rates) -> float:
 
 def held_cost(movement: Movement, rates: Rates) -> float:
     """Seconds to compute the held sums once, or copy them where the weights are that, and to add to them."""
-    ranks = [load.rank if load.is_held else load.others + load.rank for load in movement.loads]
-    moving = sum(_fusing(load, rank, rates) for load, rank in zip(movement.loads, ranks, strict=True))
-    held = (load for load in movement.loads if load.is_held)
+    keeps = keeps_products(movement)
+    moving = sum(_adding(load, rates, keeps=keeps) for load in movement.loads)
+    held = [load for load in movement.loads if load.is_held]
     sums = sum(_fusing(load, load.others * movement.is_fused, rates) for load in held)
-    return movement.moves * moving + sums + held_bytes(movement) / rates.fresh
+    products = sum(_fusing(load, load.rank, rates) for load in held) if keeps else 0.0
+    return movement.moves * moving + sums + products + held_bytes(movement) * (1 + keeps) / rates.fresh
 
 
 def hooked_cost(movement: Movement, rates: Rates) -> float:
@@ -171,13 +181,25 @@ def hooked_cost(movement: Movement, rates: Rates) -> float:
 
 def held_bytes(movement: Movement) -> int:
     """Memory of the sums that would be held."""
-    return sum(load.elements * load.itemsize for load in movement.loads if load.is_held)
+    return sum(load.nbytes for load in movement.loads if load.is_held)
 
 
-def _fits(movement: Movement) -> bool:
-    return movement.free_bytes is None or held_bytes(movement) <= movement.free_bytes
+def keeps_products(movement: Movement) -> bool:
+    """Whether there is memory for the products beside the sums, and all of them can be kept."""
+    return _fits(movement, copies=2) and all(load.can_keep for load in movement.loads if load.is_held)
+
+
+def _fits(movement: Movement, copies: int = 1) -> bool:
+    return movement.free_bytes is None or copies * held_bytes(movement) <= movement.free_bytes
 
 
 def _fusing(load: Load, rank: int, rates: Rates) -> float:
     """Seconds to read a weight, add an update of this rank, and write it."""
-    return rates.layer + 2 * load.elements * load.itemsize / rates.bandwidth + 2 * load.elements * rank / rates.gemm
+    return rates.layer + 2 * load.nbytes / rates.bandwidth + 2 * load.elements * rank / rates.gemm
+
+
+def _adding(load: Load, rates: Rates, *, keeps: bool) -> float:
+    """Seconds of one move: read sum and product, and write the weight; or multiply; or, without a sum, fuse anew."""
+    if load.is_held and keeps:
+        return rates.layer + 3 * load.nbytes / rates.bandwidth
+    return _fusing(load, load.rank if load.is_held else load.others + load.rank, rates)
