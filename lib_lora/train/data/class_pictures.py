@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lib_lora.core.opening import reason_of, shown
 from lib_lora.core.saving import save_bytes
 from lib_lora.errors import OutputError
-from lib_lora.train.data.folders import count_pictures
+from lib_lora.train.data.folders import count_pictures, read_folders
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
     from lib_lora.train.data.options import DataOptions
 
-FOLDER = "1_class"
-
 
 class ClassPicture(NamedTuple):
     """A picture to be drawn.
 
     Attributes:
         path: Its file, a .png.
+        caption: The file of its caption.
         prompt: What it shows.
         seed: Of its noise; each picture of a folder has its own.
     """
 
     path: Path
+    caption: Path
     prompt: str
     seed: int
 
@@ -49,20 +49,27 @@ class ClassPicture(NamedTuple):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"the folder {shown(self.path.parent)} can not be made: {reason_of(error)}") from error
-        save_bytes(self.path.with_suffix(".txt"), self.prompt.encode(), overwrite=True)
+        save_bytes(self.caption, self.prompt.encode(), overwrite=True)
         save_bytes(self.path, data.getvalue())
 
 
 def missing_class_pictures(options: DataOptions) -> list[ClassPicture]:
-    """What must be drawn before `open_dataset`, so that there are as many as `num_class_images`.
+    """What must be drawn before `open_dataset`, beside what is there, to have `num_class_images`.
 
     Raises:
         FileError: If the folder of regularisation pictures can not be read.
+        JobError: If the names of its folders ask for 0 repeats.
     """
-    if options.reg_data_dir is None or not options.num_class_images:
+    base = options.reg_data_dir
+    if base is None or not options.num_class_images:
         return []
-    missing = max(0, options.num_class_images - count_pictures(options.reg_data_dir))
-    folder = options.reg_data_dir / FOLDER
-    names = ((number, folder / f"class_{number:05d}.png") for number in count())
-    free = ((number, path) for number, path in names if not path.exists())
-    return [ClassPicture(path, options.class_prompt, options.seed + number) for number, path in islice(free, missing)]
+    folders = read_folders(base, options, is_reg=True)[0] if count_pictures(base) else []
+    present = [entry.path for folder in folders for entry in folder.entries]
+    place = present[0].parent if present else base
+    names = ((number, f"class_{number:05d}") for number in count())
+    free = ((number, name) for number, name in names if not (place / f"{name}.png").exists())
+    extension = options.caption_extensions[0]
+    return [
+        ClassPicture(place / f"{name}.png", place / f"{name}{extension}", options.class_prompt, options.seed + number)
+        for number, name in islice(free, max(0, options.num_class_images - len(present)))
+    ]

@@ -87,6 +87,7 @@ def open_dataset(options: DataOptions, progress: Progress = no_progress) -> Data
     report = DataReport(
         folders=tuple(_told(folder, found) for folder in folders),
         buckets=tuple(BucketReport(size, len(indices)) for size, indices in _buckets(matched).items()),
+        ratio_error=sum(map(_ratio_error, matched)) / len(matched),
         train_images=wanted,
         reg_images=named,
         skipped=tuple(skipped),
@@ -173,6 +174,11 @@ def _buckets(pictures: Iterable[Picture]) -> dict[Size, list[int]]:
     for index, picture in enumerate(pictures):
         found[picture.fit.bucket] += [index] * picture.repeats
     return dict(sorted(found.items()))
+
+
+def _ratio_error(picture: Picture) -> float:
+    (width, height), (wide, high) = picture.size, picture.fit.bucket
+    return abs(wide / high - width / height)
 
 
 def _told(folder: Folder, found: Mapping[Path, _Usable | str]) -> FolderReport:

@@ -27,13 +27,11 @@ class Entry:
     Attributes:
         path: Its file.
         caption: What it shows.
-        tags: What of it counts as tags.
         has_caption: Whether it has a caption of its own, and not only the folder's name.
     """
 
     path: Path
     caption: str
-    tags: str
     has_caption: bool = True
 
 
@@ -135,16 +133,16 @@ def _entry(picture: Path, texts: Set[str], class_name: str, options: DataOptions
     names = (picture.stem + extension for extension in options.caption_extensions)
     text = next((name for name in names if name in texts), None)
     if text is None:
-        return Entry(picture, class_name, class_name, has_caption=False)
+        return Entry(picture, class_name, has_caption=False)
     try:
         caption = read_caption(picture.with_name(text))
     except (OSError, ValueError) as error:
         return Skipped(f"{picture.parent.name}/{picture.name}", reason_of(error))
-    return Entry(picture, caption, caption)
+    return Entry(picture, caption)
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
 def _listed(folder: Path) -> list[Path]:

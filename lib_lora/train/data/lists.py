@@ -89,4 +89,4 @@ def _entry(picture: Path, facts: Mapping[str, Any], separator: str) -> Entry:
     if isinstance(tags, list):
         tags = f"{separator} ".join(map(str, cast("list[Any]", tags)))
     parts = [part for part in (caption.partition("\n")[0].strip(), str(tags).strip()) if part]
-    return Entry(picture, f"{separator} ".join(parts), str(tags), has_caption=bool(parts))
+    return Entry(picture, f"{separator} ".join(parts), has_caption=bool(parts))

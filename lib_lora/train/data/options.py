@@ -119,7 +119,7 @@ class DataOptions:
     @property
     def caption_extensions(self) -> tuple[str, ...]:
         """Where captions are looked for, in this order."""
-        if self.caption_extension is None:
+        if not self.caption_extension:
             return ".txt", ".caption"
         return (f".{self.caption_extension.removeprefix('.')}",)
 
@@ -163,6 +163,9 @@ class DataOptions:
             ),
             "latents can not be cached when random_crop changes what is seen; leave one of both out": (
                 self.caches_latents and self.random_crop
+            ),
+            "caption_separator can not be empty; give what stands between tags, such as a comma": (
+                not self.caption_separator
             ),
             f"bucket_reso_steps must be a multiple of {LATENT_STEP}, not {steps}": steps % LATENT_STEP != 0,
             "num_class_images needs class_prompt, from which the pictures are drawn": (

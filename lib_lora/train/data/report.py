@@ -65,6 +65,7 @@ class DataReport:
     Attributes:
         folders: Where the pictures come from.
         buckets: Their sizes, ascending.
+        ratio_error: Mean difference between width / height of a picture and of its bucket.
         train_images: Pictures of an epoch, repeated ones counted as often, without regularisation pictures.
         reg_images: The same for regularisation pictures, as their folders' names say.
         skipped: What can not be used, and why.
@@ -73,6 +74,7 @@ class DataReport:
 
     folders: tuple[FolderReport, ...]
     buckets: tuple[BucketReport, ...]
+    ratio_error: float
     train_images: int
     reg_images: int
     skipped: tuple[Skipped, ...]

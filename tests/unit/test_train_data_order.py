@@ -1,0 +1,134 @@
+"""Which pictures are in which batch: by seed and step alone, for any number of processes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib_lora.train.data.captions import drawn_caption, possible_captions
+from lib_lora.train.data.options import DataOptions
+from lib_lora.train.data.order import ALONE, Order, Row, Shard
+
+MEAN_ERROR = 1e-5
+
+bucket_lists = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(
+    lambda sizes: [[100 * number + i for i in range(size)] for number, size in enumerate(sizes)]
+)
+
+
+def epoch_of(order: Order, epoch: int, shard: Shard = ALONE) -> list[list[Row]]:
+    first = epoch * order.batches_per_epoch
+    return [order.rows(step, shard) for step in range(first, first + order.batches_per_epoch)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(bucket_lists, st.integers(1, 5), st.integers(0, 99))
+def test_an_epoch_has_every_picture_once_and_batches_of_one_bucket(buckets, batch_size, seed):
+    order = Order(buckets, batch_size, seed)
+    batches = epoch_of(order, 3)
+    assert Counter(row.picture for batch in batches for row in batch) == Counter(
+        picture for bucket in buckets for picture in bucket
+    )
+    assert all(len({row.picture // 100 for row in batch}) == 1 for batch in batches)
+    assert all(row.share == 1 and row.epoch == 3 for batch in batches for row in batch)
+    assert len(batches) == sum(-(-len(bucket) // batch_size) for bucket in buckets)
+
+
+@settings(max_examples=60, deadline=None)
+@given(bucket_lists, st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+def test_processes_share_the_batch_that_one_would_have(buckets, batch_size, processes, seed):
+    alone = Order(buckets, batch_size * processes, seed)
+    shared = [Order(buckets, batch_size * processes, seed) for _ in range(processes)]
+    for step in range(2 * alone.batches_per_epoch):
+        parts = [order.rows(step, Shard(rank, processes)) for rank, order in enumerate(shared)]
+        assert len({len(part) for part in parts}) == 1  # or one would wait for the others for ever
+        assert 0 < len(parts[0]) <= batch_size
+        real = [row for part in parts for row in part if row.share]
+        whole = alone.rows(step)
+        assert [(row.picture, row.place) for row in real] == [(row.picture, row.place) for row in whole]
+        weights = torch.tensor([[row.share for row in part] for part in parts])
+        losses = torch.tensor([[float(row.place) for row in part] for part in parts])
+        mean = sum(row.place for row in whole) / len(whole)
+        assert (weights * losses).mean(1).mean().item() == pytest.approx(mean, rel=MEAN_ERROR)
+
+
+def test_a_step_is_the_same_whatever_was_asked_before():
+    buckets = [list(range(17)), list(range(17, 40))]
+    forwards = Order(buckets, 3, 7)
+    batches = [forwards.rows(step) for step in range(60)]
+    backwards = Order(buckets, 3, 7)
+    assert [backwards.rows(step) for step in reversed(range(60))] == batches[::-1]
+
+
+def test_epochs_and_seeds_differ_and_places_do_not_repeat():
+    order = Order([list(range(20))], 4, 1)
+    first, second = epoch_of(order, 0), epoch_of(order, 1)
+    assert [[row.picture for row in batch] for batch in first] != [[row.picture for row in batch] for batch in second]
+    assert first != epoch_of(Order([list(range(20))], 4, 2), 0)
+    places = [row.place for batch in first + second for row in batch]
+    assert len(set(places)) == len(places)
+
+
+def row(place: int, epoch: int = 0) -> Row:
+    return Row(0, epoch, place, 1.0)
+
+
+def drawn(caption: str, *, place: int = 0, epoch: int = 0, **options) -> str:
+    return drawn_caption(caption, row(place, epoch), DataOptions(**options))
+
+
+def test_tags_are_shuffled_behind_the_kept_ones():
+    captions = {drawn("cat, sofa, red, big", place=place, shuffle_caption=True, keep_tokens=1) for place in range(100)}
+    assert len(captions) == 6
+    assert all(caption.startswith("cat, ") for caption in captions)
+    assert {frozenset(caption.split(", ")) for caption in captions} == {frozenset(["cat", "sofa", "red", "big"])}
+
+
+def test_a_mark_keeps_tags_at_the_beginning_and_the_end():
+    caption = "a, b ||| c, d, e ||| f"
+    captions = {drawn(caption, place=p, shuffle_caption=True, keep_tokens_separator="|||") for p in range(100)}
+    assert len(captions) == 6
+    assert all(caption.startswith("a, b, ") and caption.endswith(", f") for caption in captions)
+
+
+def test_tags_are_dropped_at_their_rate_but_for_the_kept_ones():
+    captions = [
+        drawn("keep, a, b, c, d", place=place, caption_tag_dropout_rate=0.25, keep_tokens=1) for place in range(2000)
+    ]
+    tags = Counter(tag for caption in captions for tag in caption.split(", "))
+    assert tags["keep"] == 2000
+    assert all(abs(tags[tag] / 2000 - 0.75) < 0.05 for tag in "abcd")
+
+
+def test_captions_are_dropped_at_their_rate():
+    empty = sum(drawn("cat", place=place, caption_dropout_rate=0.3) == "" for place in range(2000))
+    assert abs(empty / 2000 - 0.3) < 0.05
+    assert all(drawn("cat", place=place, caption_dropout_rate=1.0) == "" for place in range(20))
+
+
+def test_all_captions_of_each_nth_epoch_are_dropped():
+    said = [drawn("cat", epoch=epoch, caption_dropout_every_n_epochs=3) for epoch in range(7)]
+    assert said == ["cat", "cat", "", "cat", "cat", "", "cat"]  # kohya counts epochs from 1
+
+
+def test_prefix_and_suffix_stand_around_what_is_not_dropped():
+    options = {"caption_prefix": "photo of", "caption_suffix": ", 4k"}
+    assert drawn("cat", **options) == "photo of cat , 4k"
+    assert drawn("", **options) == "photo of , 4k"
+    assert drawn("cat", caption_dropout_rate=1.0, **options) == ""
+
+
+def test_chance_for_one_purpose_does_not_move_another():
+    kept = [place for place in range(200) if drawn("a, b, c", place=place, caption_dropout_rate=0.5)]
+    assert kept == [p for p in range(200) if drawn("a, b, c", place=p, caption_dropout_rate=0.5, shuffle_caption=True)]
+
+
+@pytest.mark.parametrize("dropout", [{}, {"caption_dropout_rate": 0.5}, {"caption_dropout_every_n_epochs": 2}])
+def test_possible_captions_are_those_that_occur(dropout):
+    options = DataOptions(caption_prefix="a", **dropout)
+    occurring = {drawn_caption(text, row(place, place % 4), options) for text in ("cat", "dog") for place in range(40)}
+    assert set(possible_captions(["cat", "dog", "cat"], options)) == occurring
