@@ -159,14 +159,15 @@ class NetworkOptions:
             raise JobError("dim_from_weights takes ranks from a file; say which with network_weights")
 
     def _check_dylora(self) -> None:
-        if self.network_dim % self.unit:
-            raise JobError(f"network_dim {self.network_dim} has no parts of unit {self.unit}; choose a divisor of it")
-        if self.conv_dim not in (None, self.network_dim):
-            raise JobError(
-                f"DyLoRA has one rank for all layers: conv_dim is {self.conv_dim} and network_dim {self.network_dim}"
-            )
+        one, dim = "DyLoRA has one rank for all layers", self.network_dim
         if given := next((name for name in _BLOCK_LISTS if getattr(self, name)), ""):
-            raise JobError(f"DyLoRA has one rank for all layers; leave {given} out")
+            raise JobError(f"{one}; leave {given} out")
+        if self.dim_from_weights:
+            return  # these ranks are not used
+        if dim % self.unit:
+            raise JobError(f"network_dim {dim} has no parts of unit {self.unit}; choose a divisor of it")
+        if self.conv_dim not in (None, dim):
+            raise JobError(f"{one}: conv_dim is {self.conv_dim} and network_dim {dim}")
 
 
 def _read_arguments(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
