@@ -19,7 +19,8 @@ def controlnet_of(unet, seed: int = 0, **options) -> nn.Module:
 
     torch.manual_seed(seed)
     model = ControlNetModel.from_unet(unet, **options).eval().requires_grad_(False)
-    model.to(next(unet.parameters()).dtype)
+    if unet.dtype != torch.float32:
+        model.to(unet.dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.startswith(

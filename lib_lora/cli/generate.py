@@ -32,6 +32,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--sampler", default="Euler a", help="the WebUI's name (default: Euler a)")
     add("--mode", choices=("prefuse", "hook"), default="prefuse", help="into the weights, or beside them")
     add("--compile", choices=("off", "inductor", "tensorrt"), default="off", help="in the background; eager till then")
+    add("--controlnet", type=Path, action="append", help="ControlNet: a diffusers folder or a file; may be repeated")
+    add("--control-image", type=Path, action="append", help="what it reads (edges, depths, …); one for each ControlNet")
+    add("--control-scale", type=float, action="append", help="how much it counts (default: 1); one, or one for each")
+    add("--control-follows", action="store_true", help="LoRAs of the UNet act on the ControlNets' copy of it too")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
     add("--prediction", choices=("auto", "epsilon", "v"), default="auto", help="what an SD2 file's UNet predicts")
@@ -45,13 +49,16 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
     """Make a picture from a prompt with LoRA tags."""
     from lib_lora.core.saving import save_bytes
     from lib_lora.hosts.host import SEEDS, GenerateRequest
+    from lib_lora.hosts.standalone.controls import read_controls
     from lib_lora.hosts.standalone.generate import generate
     from lib_lora.hosts.standalone.host import OUTPUTS, next_free
     from lib_lora.hosts.standalone.infotext import png_bytes
 
     seed = secrets.randbelow(SEEDS) if arguments.seed == -1 else arguments.seed
     names = ("prompt", "negative", "steps", "cfg", "width", "height", "sampler")
-    request = GenerateRequest(seed=seed, **{name: getattr(arguments, name) for name in names})
+    images, scales = arguments.control_image or (), arguments.control_scale or ()
+    controls = read_controls(images, scales, len(arguments.controlnet or ()))
+    request = GenerateRequest(seed=seed, controls=controls, **{name: getattr(arguments, name) for name in names})
     request.check()
     out = arguments.out or next_free(OUTPUTS, seed)
     if out.exists() and not arguments.force:
@@ -81,7 +88,8 @@ def _load(arguments: argparse.Namespace) -> tuple[LoadedModel, LoraSession]:
     from lib_lora.hosts.standalone.host import found_folders, open_session
 
     catalog = LoraCatalog(found_folders(arguments.lora_dir or (), arguments.model))
-    names = ("device", "dtype", "mode")
+    names = ("device", "dtype", "mode", "control_follows")
     options = {name: getattr(arguments, name) for name in names} | {"compiler": arguments.compile}
+    options |= {"controlnets": arguments.controlnet or ()}
     loading = {"tokenizer": arguments.tokenizer, "prediction": arguments.prediction}
     return open_session(arguments.model, catalog, loading=loading, **options)

@@ -66,6 +66,7 @@ class KeyMap:
         components: Names of the components that have layers: ``unet`` or ``transformer``, ``te1``, ``te2``, ``te3``,
             ``controlnet``, ``controlnet_2``, ….
         base_model: The model's family.
+        control_follows: Whether the name of a UNet's layer means the ControlNets' copies of it too.
     """
 
     def __init__(self, weights: Mapping[str, Sequence[_Weight]], *, control_follows: bool = False) -> None:
@@ -74,6 +75,7 @@ class KeyMap:
         self._spellings: dict[str, list[Part]] = {}
         for component, entries in weights.items():
             self._add(component, entries)
+        self.control_follows = control_follows
         if control_follows:
             self._follow()
         self.components = tuple(dict.fromkeys(layer.component for layer in self))
@@ -88,7 +90,7 @@ class KeyMap:
         Args:
             components: ``unet``, ``te1``, ``te2``, ``te3``, ``transformer`` → module; diffusers, transformers, LDM,
                 open_clip, or SD3's or Flux's original code, also wrapped.
-            control_follows: Whether the name of a UNet's layer means the ControlNets' copies of it too.
+            control_follows: See above.
         """
         weights = {component: list(_live_weights(module)) for component, module in components.items()}
         return cls(weights, control_follows=control_follows)

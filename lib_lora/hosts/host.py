@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lib_lora.catalog import LoraCatalog
+    from lib_lora.compile.protocol import CompileStatus
     from lib_lora.core.keymap import KeyMap
     from lib_lora.core.saving import Progress
     from lib_lora.presets import PresetFiles
@@ -23,6 +24,21 @@ if TYPE_CHECKING:
 DEFAULT_SAMPLER = "Euler a"
 SIZE_STEP = 8
 SEEDS = 2**32
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a ControlNet is given.
+
+    Attributes:
+        image: In RGB, as the ControlNet reads it (edges, depths, …); of any size.
+        scale: How much it counts.
+        name: Of the picture's file.
+    """
+
+    image: Image
+    scale: float = 1.0
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,7 @@ class GenerateRequest:
         height: As `width`.
         sampler: The WebUI's name.
         count: Number of pictures.
+        controls: One for each ControlNet of the model.
     """
 
     prompt: str
@@ -50,6 +67,7 @@ class GenerateRequest:
     height: int | None = None
     sampler: str = DEFAULT_SAMPLER
     count: int = 1
+    controls: tuple[Control, ...] = ()
 
     def check(self) -> None:
         """Refuse what can not be drawn.
@@ -62,8 +80,9 @@ class GenerateRequest:
                 raise RequestError(f"The {name} must be a multiple of {SIZE_STEP} pixels, not {size}.")
         if self.steps < 1 or self.count < 1:
             raise RequestError(f"At least 1 step and 1 picture are needed, not {self.steps} and {self.count}.")
-        if not math.isfinite(self.cfg):
-            raise RequestError(f"The guidance scale must be a number, not {self.cfg}.")
+        for name, number in (("guidance", self.cfg), *(("control", control.scale) for control in self.controls)):
+            if not math.isfinite(number):
+                raise RequestError(f"The {name} scale must be a number, not {number}.")
         if not 0 <= self.seed <= SEEDS - self.count:
             raise RequestError(f"The seed must be from 0 to {SEEDS - self.count}, not {self.seed}.")
 
@@ -131,6 +150,18 @@ class Host(Protocol):
 
     def keymap(self) -> KeyMap | None:
         """Layers of the loaded model; None if there is none."""
+        ...
+
+    def compile_status(self) -> CompileStatus:
+        """How the model runs; asked often, so it must be quick."""
+        ...
+
+    def compiler(self) -> str:
+        """What models are compiled with: one of `lib_lora.compile.choose.BACKENDS`, or ``off``."""
+        ...
+
+    def use_compiler(self, name: str) -> None:
+        """Compile models with another backend, this one too."""
         ...
 
     def samplers(self) -> list[str]:

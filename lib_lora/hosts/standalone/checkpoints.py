@@ -65,14 +65,14 @@ def load_single_file(
 def _unet_and_vae(tensors: MappedTensors, folder: Path, dtype: torch.dtype, path: Path) -> dict[str, nn.Module]:
     parts = {}
     for name, kind, prefix in (("unet", "UNet2DConditionModel", UNET_PREFIX), ("vae", "AutoencoderKL", VAE_PREFIX)):
-        own = _owned({key: tensors[key] for key in tensors if key.startswith(prefix)}, dtype)
+        own = owned({key: tensors[key] for key in tensors if key.startswith(prefix)}, dtype)
         try:
             parts[name] = diffusers_class(kind).from_single_file(
                 own, config=str(folder), subfolder=name, local_files_only=True, **dtype_option(dtype)
             )
         except (KeyError, ValueError, RuntimeError) as error:  # whatever the conversion trips over
             raise ModelError(f"{path.name}: the {name} does not fit the configuration in {folder}: {error}") from error
-        _check_complete(parts[name], name, path)
+        check_complete(parts[name], name, path)
     return parts
 
 
@@ -83,23 +83,28 @@ def _load_tower(tower: TextTower, tensors: MappedTensors, folder: Path, dtype: t
     config = transformers_class("CLIPTextConfig").from_pretrained(folder / tower.component, local_files_only=True)
     with init_empty_weights():
         model = transformers_class((config.architectures or ["CLIPTextModel"])[0])(config)
-    state = _owned(tower_tensors(tower, tensors), dtype)
+    state = owned(tower_tensors(tower, tensors), dtype)
     if not hasattr(model, "text_model"):  # CLIPTextModel of transformers 5 is the text model itself
         state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     try:
         model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         raise ModelError(f"{path.name}: the {tower.component} does not fit {folder}: {error}") from error
-    _check_complete(model, tower.component, path)
+    check_complete(model, tower.component, path)
     return model.eval().requires_grad_(False)
 
 
-def _owned(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def owned(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Copies in memory: weights are written in place later, and a mapped file may go away."""
     return {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def _check_complete(model: nn.Module, part: str, path: Path) -> None:
+def check_complete(model: nn.Module, part: str, path: Path) -> None:
+    """Whether a file gave every weight of a part.
+
+    Raises:
+        ModelError: If it did not.
+    """
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         names = ", ".join(missing[:MISSING_SHOWN])

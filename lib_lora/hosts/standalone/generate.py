@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from lib_lora import __version__
 from lib_lora.core.saving import no_progress
 from lib_lora.errors import RequestError
+from lib_lora.hosts.standalone.controls import check_count, control_notes, control_options, control_parameters
 from lib_lora.hosts.standalone.infotext import Infotext
 from lib_lora.hosts.standalone.samplers import make_scheduler
 from lib_lora.pipelines import step_callback
@@ -49,10 +50,12 @@ def generate(
         progress: Told the calls of the model done, of all; what it raises ends the drawing.
 
     Raises:
-        RequestError: If a number is out of range, there is no such sampler, or a picture is NaN.
+        RequestError: If a number is out of range, there is no such sampler, there is not one picture for each
+            ControlNet, or a picture is NaN.
         ApplyError: If the LoRAs could not be written; the base weights are back.
     """
     request.check()
+    check_count(len(request.controls), len(loaded.controlnets))
     pipe = loaded.pipe
     pipe.scheduler = make_scheduler(request.sampler, loaded.scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -75,18 +78,23 @@ def _generate(
     names = [lora.name for lora in report.applied]
     hashes = session.catalog.lora_hashes([session.catalog.find(name) for name in names], names)
     resolved = " ".join(lora.resolved for lora in report.applied if lora.resolved)
-    loras = {"Lora hashes": hashes, "Lora resolved": resolved}
-    return GeneratedImage(image, _infotext(loaded, request, image, seed, loras), report)
+    follows = "True" if session.keymap.control_follows and loaded.controlnets else ""
+    loras = {"Lora hashes": hashes, "Lora resolved": resolved, "Loras in ControlNet": follows}
+    notes = control_notes(request.controls, image.width, image.height)
+    told = replace(report, notes=(*report.notes, *notes))
+    return GeneratedImage(image, _infotext(loaded, request, image, seed, loras), told)
 
 
 def _draw(loaded: LoadedModel, session: LoraSession, request: GenerateRequest, seed: int, progress: Progress) -> Image:
     """One picture, with the LoRAs that are set."""
+    width, height = request.width or loaded.size, request.height or loaded.size
     options: dict[str, Any] = {
         "negative_prompt": request.negative or None,
         "num_inference_steps": request.steps,
         "guidance_scale": request.cfg,
-        "width": request.width or loaded.size,
-        "height": request.height or loaded.size,
+        "width": width,
+        "height": height,
+        **control_options(request.controls, width, height),
         "generator": torch.Generator("cpu").manual_seed(seed),
         "output_type": "np",
         "callback_on_step_end": _step_end(session, progress),
@@ -120,6 +128,7 @@ def _infotext(
         "Size": f"{image.width}x{image.height}",
         "Model hash": loaded.short_hash,
         "Model": loaded.name,
+        **control_parameters(loaded.controlnets, request.controls),
         **loras,
         "Version": f"Prefuse {__version__}",
     }

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib_lora.catalog import LoraCatalog
-from lib_lora.compile.choose import OFF, prepare_by_name
+from lib_lora.compile.choose import OFF
+from lib_lora.compile.protocol import CompileStatus
+from lib_lora.compile.together import CompiledModels
 from lib_lora.core.saving import save_bytes
 from lib_lora.errors import ModelError
 from lib_lora.hosts.host import Picture
@@ -118,6 +120,23 @@ class StandaloneHost:
         """Layers of the loaded model; None before the first picture."""
         return None if self._loaded is None else self._loaded[1].keymap
 
+    def compile_status(self) -> CompileStatus:
+        """How the model runs."""
+        return CompileStatus() if self._loaded is None else self._loaded[0].handle.status
+
+    def compiler(self) -> str:
+        """What models are compiled with: one of `BACKENDS`, or ``off``."""
+        return self._options.get("compiler", OFF)
+
+    def use_compiler(self, name: str) -> None:
+        """Compile this model and the next ones with another backend; nothing is loaded again."""
+        with self._lock:
+            self._options["compiler"] = name
+            if self._loaded is not None:
+                loaded, session = self._loaded
+                loaded.handle.use(name)
+                session.may_hook = not loaded.handle.status.blocks
+
     def samplers(self) -> list[str]:
         """Names that a request can have."""
         return list(SAMPLERS)
@@ -181,6 +200,8 @@ def open_session(
     dtype: str = "auto",
     mode: Mode = "prefuse",
     compiler: str = OFF,
+    controlnets: Sequence[Path] = (),
+    control_follows: bool = False,
     loading: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[LoadedModel, LoraSession]:
     """A model and the session that works on it.
@@ -192,7 +213,9 @@ def open_session(
         device: As of `load_pipeline`.
         dtype: As of `load_pipeline`.
         mode: ``prefuse`` or ``hook``.
-        compiler: What the UNet is compiled with: one of `BACKENDS`, or ``off``.
+        compiler: What UNet and ControlNets are compiled with: one of `BACKENDS`, or ``off``.
+        controlnets: As of `add_controlnets`.
+        control_follows: As of `LoraSession`.
         loading: Further options of `load_pipeline`.
 
     Raises:
@@ -200,15 +223,16 @@ def open_session(
         FileError: If a file can not be read.
     """
     from lib_lora.hosts.standalone.cache import cache_file
+    from lib_lora.hosts.standalone.controlnets import add_controlnets
     from lib_lora.hosts.standalone.loading import DEMO_THREADS, load_pipeline
-    from lib_lora.pipelines import pipeline_components
+    from lib_lora.pipelines import denoisers, pipeline_components
     from lib_lora.session import LoraSession
 
     if model == DEMO:
         torch.set_num_threads(DEMO_THREADS)
-    loaded = load_pipeline(model, device, dtype, **loading)
+    loaded = add_controlnets(load_pipeline(model, device, dtype, **loading), controlnets)
     components = pipeline_components(loaded.pipe)
-    handle = prepare_by_name(loaded.pipe.unet, compiler, cache_file("compiled"))
+    handle = CompiledModels(denoisers(components), compiler, cache_file("compiled"))
     session = LoraSession(
         components,
         catalog,
@@ -216,6 +240,7 @@ def open_session(
         checkpoint=loaded.files or None,
         presets=presets,
         on_weights_changed=handle.weights_changed,
+        control_follows=control_follows,
     )
     session.may_hook = not handle.status.blocks
     return replace(loaded, handle=handle), session

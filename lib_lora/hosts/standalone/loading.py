@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lib_lora.compile.eager import EagerHandle
+from lib_lora.compile.together import CompiledModels
 from lib_lora.core.model_folder import weight_files
 from lib_lora.core.pickles import convert_pickle
 from lib_lora.errors import ModelError, PickleRefusedError
@@ -22,8 +22,8 @@ from lib_lora.hosts.standalone.libraries import diffusers_class, dtype_option, h
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lib_lora.compile.protocol import Handle
     from lib_lora.hosts.standalone.checkpoints import Prediction
+    from lib_lora.hosts.standalone.controlnets import LoadedControlNet
 
 DEMO = "demo"
 # Of so small a model more threads do not draw faster, and beside other programs they wait for each other.
@@ -56,7 +56,8 @@ class LoadedModel:
         hashed: The file that stands for the model in the infotext.
         scheduler: Configuration of the scheduler that came with the model.
         notes: What loading found out.
-        handle: What its UNet runs on.
+        handle: What its UNet and its ControlNets run on.
+        controlnets: What steers it.
     """
 
     pipe: Any
@@ -65,7 +66,8 @@ class LoadedModel:
     hashed: Path
     scheduler: Mapping[str, Any]
     notes: tuple[str, ...] = ()
-    handle: Handle = field(default_factory=EagerHandle)
+    handle: CompiledModels = field(default_factory=CompiledModels)
+    controlnets: tuple[LoadedControlNet, ...] = ()
 
     @cached_property
     def short_hash(self) -> str:
@@ -170,7 +172,7 @@ def _load_pickle(path: Path, dtype: torch.dtype, **options: Any) -> LoadedModel:
 
 def _load_folder(folder: Path, dtype: torch.dtype, name: str) -> LoadedModel:
     kind, components = _read_index(folder)
-    variant = _variant(folder / "unet")
+    variant = variant_of(folder / "unet")
     absent: dict[str, Any] = {part: None for part in NOT_LOADED if part in components}
     if kind == "StableDiffusionPipeline":
         absent["requires_safety_checker"] = False
@@ -205,7 +207,7 @@ def _read_index(folder: Path) -> tuple[str, set[str]]:
     return kind, set(parts)
 
 
-def _variant(folder: Path) -> str | None:
+def variant_of(folder: Path) -> str | None:
     """``fp16`` if that is the only kind of weights in the folder."""
     files = [file.name for file in folder.glob("*.safetensors")]
     return "fp16" if files and all(".fp16." in name for name in files) else None
