@@ -27,6 +27,7 @@ from lib_lora.cli import (
     resize_images,
     serve,
     split_dylora,
+    train,
 )
 from lib_lora.errors import PrefuseError
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 # What diffusers and transformers say about themselves is not for users of a command line.
 QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 INTERRUPTED = 130
+READ_MORE = (bench.run, train.run)
+"""Commands that understand options of their own."""
 
 COMMANDS = MappingProxyType(
     {
@@ -49,6 +52,7 @@ COMMANDS = MappingProxyType(
         "resize": resize,
         "resize-images": resize_images,
         "split-dylora": split_dylora,
+        "train": train,
         "export": export,
         "convert": convert,
         "metadata": metadata,
@@ -62,7 +66,7 @@ COMMANDS = MappingProxyType(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments, rest = _parser().parse_known_args(argv)
-    if rest and arguments.run is not bench.run:
+    if rest and arguments.run not in READ_MORE:
         _parser().error(f"unknown options: {' '.join(rest)}")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)

@@ -126,6 +126,14 @@ class OutputOptions:
         sample_prompts: A text file: in each line a prompt, then kohya's --n --w --h --d --l --s.
         sample_sampler: The WebUI's name.
         logging_dir: Folder for TensorBoard.
+        force: Replace existing files.
+        no_metadata: Tell in the file what is needed to use it, and nothing of the training.
+        metadata_title: Title in the file; by default output_name.
+        metadata_author: Author in the file.
+        metadata_description: Description in the file.
+        metadata_license: Licence in the file.
+        metadata_tags: Tags in the file.
+        training_comment: Any text in the file, such as trigger words.
     """
 
     output_dir: Path = Path("outputs")
@@ -141,6 +149,19 @@ class OutputOptions:
     sample_prompts: Path | None = None
     sample_sampler: str = "Euler a"
     logging_dir: Path | None = None
+    force: bool = False
+    no_metadata: bool = False
+    metadata_title: str | None = None
+    metadata_author: str | None = None
+    metadata_description: str | None = None
+    metadata_license: str | None = None
+    metadata_tags: str | None = None
+    training_comment: str | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether pictures are drawn."""
+        return (self.sample_every_n_steps or self.sample_every_n_epochs) is not None
 
 
 AT_LEAST = {

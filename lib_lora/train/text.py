@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -32,6 +32,19 @@ class Encoded(NamedTuple):
 
     states: Tensor
     pooled: Tensor | None = None
+
+
+def captions_to_tokens(tokenizers: Sequence[Any], captions: Sequence[str], max_token_length: int) -> dict[str, Tensor]:
+    """Token ids for each text encoder, as `tokenize` makes them, by the encoder's number."""
+    return {str(number): tokenize(one, captions, max_token_length) for number, one in enumerate(tokenizers, 1)}
+
+
+def tokens_to_states(
+    text_encoders: Sequence[Any], tokens: Mapping[str, Tensor], clip_skip: int | None
+) -> dict[str, Tensor]:
+    """What the UNet reads, as `encode` makes it: ``states`` and, of SDXL, ``pooled``."""
+    ids = [tokens[str(number)] for number in range(1, len(text_encoders) + 1)]
+    return {name: value for name, value in encode(text_encoders, ids, clip_skip)._asdict().items() if value is not None}
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], max_token_length: int = PIECE) -> Tensor:

@@ -1,0 +1,141 @@
+"""``train``: from a folder of pictures to a LoRA file, or to a tuned model."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib_lora.cli.output import bar, tell
+from lib_lora.errors import JobError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Generator, Sequence
+
+    from lib_lora.core.saving import Progress
+    from lib_lora.train.control import Wish, Wishes
+    from lib_lora.train.options import TrainOptions
+    from lib_lora.train.progress import Listener, TrainProgress
+
+RANK = "LOCAL_RANK"
+"""Number of a process among several, as Accelerate's launcher sets it."""
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    add = parser.add_argument
+    parser.usage = "python -m lib_lora train [CONFIG.toml] [--key value …]"
+    parser.epilog = "Every option of a configuration may also be given as --key value, which counts more."
+    add("--options", action="store_true", help="list all options and end")
+    add("--json", action="store_true")
+    # Keys are those of the training's options, which are not looked up before this command runs.
+    add("given", nargs="...", metavar="CONFIG.toml", help="options as key = value; then --key value …")
+
+
+def run(arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Train a LoRA, or the whole UNet, on a folder of pictures."""
+    from lib_lora.train.options import TrainOptions
+
+    given = [*rest, *arguments.given]
+    own = {name: getattr(arguments, name) or f"--{name}" in given for name in ("options", "json")}
+    given = [word for word in given if word not in ("--options", "--json")]
+    if own["options"]:
+        tell({key: [default, text] for key, default, text in TrainOptions.table()}, _table(), as_json=own["json"])
+        return
+    options = _read(given)
+    with _asked(options) as wishes, _shown() as progress, ExitStack() as stack:
+        outcome = _train(options, wishes, progress, lambda title: stack.enter_context(bar(title)))
+    if _is_first():
+        tell(outcome.to_dict(), str(outcome), as_json=own["json"])
+
+
+def _read(given: Sequence[str]) -> TrainOptions:
+    """Those of the file that is named first, if one is, and those behind it."""
+    from lib_lora.train.option_values import read_arguments, read_toml
+    from lib_lora.train.options import TrainOptions
+
+    if not given:
+        raise JobError("nothing says what to train; give a CONFIG.toml, or --train_data_dir FOLDER; see --options")
+    if given[0].startswith("--"):
+        return TrainOptions.of(read_arguments(given))
+    return TrainOptions.of({**read_toml(Path(given[0])), **read_arguments(given[1:])})
+
+
+def _train(options: TrainOptions, wishes: Wishes, progress: Listener, bars: Callable[[str], Progress]) -> Any:
+    from lib_lora.hosts.standalone.training import load_model, model_to_train, picture_drawer
+    from lib_lora.train.trainer import train
+
+    loaded = load_model(options.model)
+    model = model_to_train(loaded, options.model)
+    draw = picture_drawer(loaded, [Path("loras"), options.output.output_dir])
+    return train(model, options, wishes=wishes, progress=progress, draw_picture=draw, bars=bars)
+
+
+@contextmanager
+def _asked(options: TrainOptions) -> Generator[Wishes]:
+    """What files and Ctrl+C say: the first one ends the training and saves, the second ends it at once."""
+    from lib_lora.train.control import SignalFiles, Wish
+
+    files = SignalFiles(options.output.output_dir, options.output.output_name)
+    files.forget_stop()
+    interrupted: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        interrupted.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    def wish() -> Wish:
+        return Wish.STOP if interrupted else files.wish()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield wish
+    finally:
+        signal.signal(signal.SIGINT, before)
+        files.forget_stop()
+
+
+@contextmanager
+def _shown() -> Generator[Listener]:
+    """A bar on stderr, where that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc="training", unit="step", disable=None if _is_first() else True, leave=False) as shown:
+
+        def progress(now: TrainProgress) -> None:
+            if shown.total is None:
+                shown.initial = now.step - 1
+                shown.reset(now.steps)
+                shown.update(now.step - 1)
+            rates = "/".join(f"{rate:.1e}" for rate in dict.fromkeys(now.rates.values()))
+            shown.set_postfix_str(
+                f"loss {now.mean_loss:.4f}, lr {rates}, {now.memory_bytes / 2**30:.1f} GiB", refresh=False
+            )
+            shown.update(now.step - shown.n)
+
+        yield progress
+
+
+def _is_first() -> bool:
+    return os.environ.get(RANK, "0") == "0"
+
+
+def _table() -> str:
+    from lib_lora.train.options import TrainOptions
+
+    return "\n".join(
+        f"{key} = {_toml(default)}\n    {text}" if default is not None else f"{key}\n    {text}"
+        for key, default, text in TrainOptions.table()
+    )
+
+
+def _toml(value: Any) -> str:
+    """A default, as it would stand in a configuration."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml, value))}]"
+    return f"{value}" if isinstance(value, (int, float)) else f'"{value}"'

@@ -1,0 +1,81 @@
+"""All options of a training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from lib_lora.errors import JobError
+from lib_lora.train.data.options import DataOptions
+from lib_lora.train.network_options import NetworkOptions
+from lib_lora.train.option_values import described, fill, plain
+from lib_lora.train.settings import (
+    LossOptions,
+    ModelOptions,
+    OptimizerOptions,
+    OutputOptions,
+    RunOptions,
+    check_least,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_MAY_CHANGE = (
+    *("max_train_steps", "max_train_epochs", "gradient_checkpointing", "device", "max_data_loader_n_workers"),
+    *("vae_batch_size", "cache_dir", "tokenizer"),
+)
+"""What a training may be resumed with in another way, beside all of `OutputOptions`."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """All options of a training, by what they are about.
+
+    Raises:
+        JobError: If a number is too small, or two contradict each other.
+    """
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    network: NetworkOptions = field(default_factory=NetworkOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+
+    def __post_init__(self) -> None:
+        for group in (self.model, self.optimizer, self.loss, self.run, self.output):
+            check_least(group)
+        if self.loss.min_timestep >= self.loss.max_timestep:
+            raise JobError(f"min_timestep {self.loss.min_timestep} must be below max_timestep {self.loss.max_timestep}")
+        if self.output.samples and self.output.sample_prompts is None:
+            raise JobError("pictures are drawn from sample_prompts, a text file; give one")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrainOptions:
+        """Options from key → value, as a TOML file or a command line gives them.
+
+        Raises:
+            JobError: If there is no such option, or a value can not be.
+        """
+        return cls(**fill(cls.kinds(), values))
+
+    @classmethod
+    def kinds(cls) -> dict[str, Any]:
+        """Group → its dataclass."""
+        return {one.name: one.default_factory for one in fields(cls) if callable(one.default_factory)}
+
+    @classmethod
+    def table(cls) -> list[tuple[str, Any, str]]:
+        """(key, default, what it is) of every option."""
+        return described(cls.kinds().values())
+
+    def values(self) -> dict[str, Any]:
+        """Key → value of every option."""
+        return {key: value for group in fields(self) for key, value in vars(getattr(self, group.name)).items()}
+
+    def course(self) -> dict[str, Any]:
+        """Key → value of all that decides how the training goes, plain as JSON."""
+        free = {*_MAY_CHANGE, *vars(self.output)}
+        return {key: plain(value) for key, value in self.values().items() if key not in free}

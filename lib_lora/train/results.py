@@ -1,0 +1,251 @@
+"""What a training leaves: files of what is learned, states to go on from, sample pictures, a log."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+import zlib
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lib_lora.core.opening import reason_of, shown
+from lib_lora.core.saving import check_writable, output_path
+from lib_lora.errors import OutputError, PrefuseError, TrainError
+from lib_lora.train.board import Board
+from lib_lora.train.engine import is_finite
+from lib_lora.train.metadata import Reached, TrainingFacts, model_hashes, tag_frequency
+from lib_lora.train.option_values import plain
+from lib_lora.train.outcome import TrainOutcome
+from lib_lora.train.samples import draw_samples, read_prompts
+from lib_lora.train.state import read_state, write_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
+    from lib_lora.train.data.dataset import Dataset
+    from lib_lora.train.model import TrainModel
+    from lib_lora.train.options import TrainOptions
+    from lib_lora.train.progress import TrainProgress
+    from lib_lora.train.samples import Draw
+    from lib_lora.train.trainer import Training
+
+logger = logging.getLogger(__name__)
+
+
+def check_results(options: TrainOptions) -> None:
+    """Check before the work that its results can be written.
+
+    Raises:
+        JobError: If the prompts of samples can not be read.
+        OutputError: If the folder can not be written to, or a result is there already.
+    """
+    output = options.output
+    stem = output_path(_made(output.output_dir), output.output_name, "")
+    paths = [stem.with_name(f"{stem.name}.safetensors"), *([stem] if options.model.full else [])]
+    taken = [path for path in paths if path.exists()]
+    if taken and not output.force and not output.resume:
+        raise OutputError(f"{shown(taken[0])} exists already; choose another output_name, or set force")
+    if output.sample_prompts:
+        read_prompts(output.sample_prompts)
+
+
+class Results:
+    """Writes, in the main process alone, what is due after a step.
+
+    Attributes:
+        folder: Of all that is written.
+    """
+
+    def __init__(
+        self, training: Training, model: TrainModel, dataset: Dataset, draw_picture: Draw | None, identity: str
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            training: That is to be done.
+            model: What is trained, or is trained on.
+            dataset: The pictures.
+            draw_picture: Draws samples.
+            identity: What tells the model from others.
+        """
+        self._training, self._dataset, self._draw = training, dataset, draw_picture
+        self._options = output = training.options.output
+        self.folder = output.output_dir
+        self._stem = output_path(self.folder, output.output_name, "")
+        self._prompts = read_prompts(output.sample_prompts) if output.sample_prompts else []
+        self._facts = _facts(training, model, dataset)
+        self._course = training.options.course() | {"model": identity, "pictures": _of_pictures(dataset)}
+        self._state: Path | None = None
+        self._samples: list[Path] = []
+        self._notes = [*training.trainee.notes, *dataset.report.notes]
+
+    def resume(self) -> int:
+        """Load the state that the options name; the steps that it has done.
+
+        Raises:
+            TrainError: If there is none, or it is of another training.
+            FileError: If it can not be read.
+        """
+        if self._options.resume is None:
+            return 0
+        state = read_state(self._options.resume, plain(self._course))
+        self._training.load(state)
+        return state.step
+
+    @contextmanager
+    def board(self) -> Generator[Callable[[TrainProgress], None]]:
+        """What is told each step for TensorBoard; nothing without logging_dir.
+
+        Raises:
+            JobError: If TensorBoard is not installed.
+        """
+        if self._options.logging_dir is None or not self._training.accelerator.is_main_process:
+            yield lambda _: None
+            return
+        board = Board(self._options.logging_dir / self._options.output_name)
+        try:
+            yield board.add
+        finally:
+            board.close()
+
+    def after_step(self, step: int) -> None:
+        """Draw and write what is due.
+
+        Raises:
+            TrainError: If what was learned is not finite.
+            OutputError: If something can not be written.
+        """
+        output, epoch = self._options, self._training.epoch(step)
+        ended = self._training.epoch(step + 1) > epoch and step < self._training.steps
+        if _due(step, output.sample_every_n_steps) or (ended and _due(epoch, output.sample_every_n_epochs)):
+            self._draw_samples(step)
+        if step == self._training.steps:
+            return
+        if _due(step, output.save_every_n_steps):
+            self._save(self._named(f"-step{step:08d}"), step)
+        if ended and _due(epoch, output.save_every_n_epochs):
+            self._save(self._named(f"-{epoch:06d}"), step)
+        if _due(step, output.save_state_every_n_steps):
+            self.save_state(step)
+
+    def save_state(self, step: int) -> None:
+        """Write all that is needed to go on.
+
+        Raises:
+            TrainError: If what was learned is not finite.
+            OutputError: If it can not be written.
+        """
+        if self._training.accelerator.is_main_process:
+            self._check(step)
+            folder = self.folder / f"{self._stem.name}-state"
+            state = self._training.state(step, plain(self._course))
+            self._state = write_state(_made(folder), state, self._options.save_last_n_states)
+        self._training.accelerator.wait_for_everyone()
+
+    def outcome(self, step: int, loss: float, seconds: float, *, stopped: bool) -> TrainOutcome:
+        """Write what is learned, and if the training was ended before its time, what is needed to go on.
+
+        Raises:
+            TrainError: If what was learned is not finite.
+            OutputError: If it can not be written.
+        """
+        if stopped and step < self._training.steps:
+            self.save_state(step)
+        paths = self._save(self._stem, step)
+        return TrainOutcome(
+            paths,
+            step,
+            self._training.steps,
+            loss,
+            seconds,
+            stopped,
+            self._state,
+            tuple(self._samples),
+            len(self._dataset.report.skipped),
+            tuple(self._notes),
+        )
+
+    def _named(self, ending: str) -> Path:
+        return self._stem.with_name(f"{self._stem.name}{ending}")
+
+    def _save(self, stem: Path, step: int) -> tuple[Path, ...]:
+        paths = self._training.trainee.paths(stem)
+        if self._training.accelerator.is_main_process:
+            self._check(step)
+            reached = Reached(step, self._training.epoch(step), time.time())
+            with self._training.averaged():
+                self._training.trainee.save(stem, self._facts, reached)
+        self._training.accelerator.wait_for_everyone()
+        return paths
+
+    def _check(self, step: int) -> None:
+        if not is_finite(self._training.trainee.module.state_dict().values()):
+            raise TrainError(f"what was learned in {step} steps holds NaN or infinity; lower the learning rate")
+
+    @torch.no_grad()
+    def _draw_samples(self, step: int) -> None:
+        """Draw with what is learned; a picture that fails does not end the training."""
+        accelerator, module = self._training.accelerator, self._training.trainee.module
+        if accelerator.is_main_process and self._draw is not None:
+            module.eval()
+            try:
+                with self._training.averaged(), accelerator.autocast():
+                    name = f"{self._stem.name}_{step:08d}"
+                    folder = self.folder / "sample"
+                    self._samples += draw_samples(self._draw, self._prompts, self._options.sample_sampler, folder, name)
+            except PrefuseError as error:
+                logger.warning("no sample picture after step %d: %s", step, error)
+            finally:
+                module.train()
+        accelerator.wait_for_everyone()
+
+
+def _due(count: int, every: int | None) -> bool:
+    return bool(every) and count % every == 0  # pyright: ignore[reportOperatorIssue]
+
+
+def _made(folder: Path) -> Path:
+    """A folder that can be written to.
+
+    Raises:
+        OutputError: If it can not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {shown(folder)} can not be made: {reason_of(error)}") from error
+    check_writable(folder)
+    return folder
+
+
+def _of_pictures(dataset: Dataset) -> list[Any]:
+    """What tells a training set from others: names, sizes in pixels and repeats."""
+    text = "\n".join(f"{one.name} {one.size} {one.repeats} {one.caption}" for one in dataset.pictures)
+    return [len(dataset.pictures), zlib.crc32(text.encode())]
+
+
+def _facts(training: Training, model: TrainModel, dataset: Dataset) -> TrainingFacts:
+    options, batch = training.options, training.options.data.train_batch_size
+    values = options.values()
+    processes, accumulated = training.accelerator.num_processes, values["gradient_accumulation_steps"]
+    kind, given = type(training.optimizer), ",".join(values["optimizer_args"])
+    said = values["v_parameterization"]
+    return TrainingFacts(
+        options=values,
+        data=dataset.report,
+        tags=tag_frequency(dataset.folders, options.data.caption_separator),
+        model_name=model.path.name,
+        model_hashes=model_hashes(model.path),
+        prediction=model.prediction if said is None else "v" if said else "epsilon",
+        optimizer=f"{kind.__module__}.{kind.__name__}{f'({given})' if given else ''}",
+        batches_per_epoch=training.batches_per_epoch,
+        total_batch_size=batch * processes * accumulated,
+        epochs=training.epoch(training.steps),
+        steps=training.steps,
+        session_id=secrets.randbelow(2**32),
+        started_at=time.time(),
+    )
