@@ -205,7 +205,7 @@ def _data(facts: TrainingFacts) -> dict[str, Any]:
         "cache_latents": any(options.get(name) for name in ("cache_latents", "cache_latents_to_disk")),
         "dataset_dirs": json.dumps(folders[False]),
         "reg_dataset_dirs": json.dumps(folders[True]),
-        "bucket_info": json.dumps({"buckets": buckets}),
+        "bucket_info": json.dumps({"buckets": buckets, "mean_img_ar_error": data.ratio_error}),
         "tag_frequency": json.dumps(facts.tags),
     }
 
