@@ -48,17 +48,26 @@ class Held:
 
     def fuse(self, terms: Sequence[Term], out: Tensor, workspace: Workspace) -> None:
         """Write the sum and these terms, added and rounded, to `out`."""
-        product = self.product
-        if product is None or product.device != out.device or not _is_one_product(terms, out):
+        product = self._product_of(terms, out, workspace)
+        if product is None:
             numerics.fuse_layer(self.weight.to(out.device), self._ready(terms, out), out, workspace)
-            return
-        ((adapter, factor),) = terms
-        if self._multiplied is not adapter:
+        else:  # torch.add would round the factor to the dtype of the weights
+            one = torch.ones((), dtype=out.dtype)
+            torch.addcmul(self.weight, product, one, value=terms[0].factor, out=out)
+
+    def _product_of(self, terms: Sequence[Term], out: Tensor, workspace: Workspace) -> Tensor | None:
+        """ΔW of the only term, where there is room for it and it stays finite at strength 1."""
+        product = self.product
+        if product is None or product.device != out.device or len(terms) != 1:
+            return None
+        whole = Term(terms[0].adapter, 1.0)
+        if self._multiplied is not whole.adapter:
+            if not numerics.is_finite_for_sure([whole], 0.0, out.dtype):
+                return None
             self._multiplied = None
-            numerics.fuse_layer(_nothing(product), [Term(adapter, 1.0)], product, workspace)
-            self._multiplied = adapter
-        # torch.add would round the factor to the dtype of the weights
-        torch.addcmul(self.weight, product, torch.ones((), dtype=out.dtype), value=factor, out=out)
+            numerics.fuse_layer(_nothing(product), [whole], product, workspace)
+            self._multiplied = whole.adapter
+        return product
 
     def _ready(self, terms: Sequence[Term], out: Tensor) -> Sequence[Term]:
         """The factors of one alone are converted once, not at each move."""
@@ -133,11 +142,6 @@ def _have_room(patches: Sequence[LayerPatch]) -> bool:
         return False
     free = free_bytes(weights[0].device)
     return free is None or 2 * sum(weight.nbytes for weight in weights) <= free
-
-
-def _is_one_product(terms: Sequence[Term], out: Tensor) -> bool:
-    """Whether there is one term, and its ΔW stays finite at strength 1, whatever strength is asked for."""
-    return len(terms) == 1 and numerics.is_finite_for_sure([Term(terms[0].adapter, 1.0)], 0.0, out.dtype)
 
 
 def _nothing(like: Tensor) -> Tensor:

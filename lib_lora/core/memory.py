@@ -36,7 +36,7 @@ def free_bytes(device: torch.device) -> int | None:
 def new_block(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory that is filled once and kept; in RAM, of pages as large as the system has.
 
-    Linux hands out 4 kB at a time unless it is asked for 2 MB, which makes the first write up to ten times as fast.
+    Linux hands out 4 kB at a time unless it is asked for 2 MB, which makes the first write ten times as fast.
 
     Args:
         count: Number of elements.
