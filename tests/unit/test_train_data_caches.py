@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,9 @@ import torch
 from PIL import Image
 
 from lib_lora.errors import FileError, JobError, OutputError
+from lib_lora.tools.pictures import open_picture
+from lib_lora.train.data import measuring
+from lib_lora.train.data.batch import stacked
 from lib_lora.train.data.dataset import open_dataset
 from lib_lora.train.data.latents import cache_latents
 from lib_lora.train.data.loader import Loader
@@ -52,7 +56,8 @@ def folder(tmp_path):
 
 
 def opened(folder: Path, **options) -> Dataset:
-    return open_dataset(DataOptions(train_data_dir=folder, resolution=(64,), bucket_reso_steps=16, **options))
+    form = {"resolution": (64,), "bucket_reso_steps": 16} | options
+    return open_dataset(DataOptions(train_data_dir=folder, **form))
 
 
 def files(folder: Path) -> list[Path]:
@@ -102,13 +107,7 @@ def test_files_are_used_again_by_the_next_training(folder, tmp_path):
 )
 def test_what_decides_the_latents_is_known(folder, change):
     assert encoded_again(folder) == 5
-    options = {"resolution": (64,), "bucket_reso_steps": 16} | change
-    fingerprint = options.pop("fingerprint", "v")
-    encoder = Encoder()
-    cache_latents(
-        open_dataset(DataOptions(train_data_dir=folder, cache_latents_to_disk=True, **options)), encoder, fingerprint
-    )
-    assert encoder.pictures == 5
+    assert encoded_again(folder, **change) == 5
 
 
 def test_mirrored_pictures_are_encoded_when_they_are_needed(folder):
@@ -178,9 +177,53 @@ def test_nan_is_not_trained_on(folder):
 
 def test_a_cache_that_can_not_be_written_is_a_sentence(folder):
     (folder / "blocked").write_text("a file")
-    dataset = opened(folder, cache_latents_to_disk=True, cache_dir=folder / "blocked")
+    with pytest.raises(OutputError, match="can not be made"):
+        opened(folder, cache_latents_to_disk=True, cache_dir=folder / "blocked")
+    dataset = opened(folder, cache_latents_to_disk=True, cache_dir=folder / "free")
+    shutil.rmtree(folder / "free")
+    (folder / "free").write_text("a file")
     with pytest.raises(OutputError, match="can not be made"):
         cache_latents(dataset, Encoder(), "v")
+
+
+def test_pictures_are_read_whole_once(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(measuring, "open_picture", lambda path: (read.append(path.name), open_picture(path))[1])
+
+    def names() -> list[str]:
+        read.clear()
+        assert len(opened(folder, cache_latents_to_disk=True).pictures) == 5
+        return sorted(read)
+
+    everything = [f"{number}.png" for number in range(5)]
+    assert names() == everything
+    assert names() == []
+    Image.new("RGB", (64, 64)).save(folder / "2_cat/3.png")
+    assert names() == ["3.png"]
+    for damage in (b"", b"[1]", b'{"a": 1}', b"[" * 99_999):
+        (folder / CACHE_FOLDER / measuring.INDEX).write_bytes(damage)
+        assert names() == everything
+
+
+def test_nothing_is_written_where_nothing_is_to_be_kept(folder):
+    opened(folder, cache_latents=True, cache_text_encoder_outputs=True)
+    assert not (folder / CACHE_FOLDER).exists()
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half(folder, monkeypatch):
+    dataset = opened(folder, cache_latents_to_disk=True)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+        with pytest.raises(OutputError, match="the disk is full"):
+            cache_latents(dataset, Encoder(), "v")
+    assert files(folder) == []
+    assert encoded_again(folder) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_are_stacked_as_torch_stacks_them(dtype):
+    rows = [torch.randn(2, 3, 4).to(dtype).transpose(0, 1) for _ in range(3)]
+    assert torch.equal(stacked(rows), torch.stack(rows))
 
 
 def answer(captions: list[str] | tuple[str, ...]) -> dict[str, torch.Tensor]:

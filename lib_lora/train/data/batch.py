@@ -5,11 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+import numpy as np
+import torch
 
-    import torch
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import Tensor
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """As `torch.stack`, of tensors on the CPU that have a dimension.
+
+    torch would start as many threads as there are processors, again in each thread that calls it.
+    """
+    content = np.stack([tensor.contiguous().view(torch.uint8).numpy() for tensor in tensors])
+    return torch.from_numpy(content).view(tensors[0].dtype)
 
 
 @dataclass(frozen=True)

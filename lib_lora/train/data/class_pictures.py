@@ -9,10 +9,8 @@ from io import BytesIO
 from itertools import count, islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib_lora.core.opening import reason_of, shown
 from lib_lora.core.saving import save_bytes
-from lib_lora.errors import OutputError
-from lib_lora.train.data.folders import count_pictures, read_folders
+from lib_lora.train.data.folders import count_pictures, make_folder, read_folders
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,10 +43,7 @@ class ClassPicture(NamedTuple):
         """
         data = BytesIO()
         image.save(data, "PNG")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"the folder {shown(self.path.parent)} can not be made: {reason_of(error)}") from error
+        make_folder(self.path.parent)
         save_bytes(self.caption, self.prompt.encode(), overwrite=True)
         save_bytes(self.path, data.getvalue())
 

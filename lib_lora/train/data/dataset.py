@@ -13,8 +13,9 @@ from lib_lora.tools.images import Skipped
 from lib_lora.train.data.buckets import Buckets
 from lib_lora.train.data.folders import read_folders
 from lib_lora.train.data.lists import read_list
+from lib_lora.train.data.measuring import Measurements
 from lib_lora.train.data.order import Order
-from lib_lora.train.data.pictures import Picture, measure
+from lib_lora.train.data.pictures import Picture
 from lib_lora.train.data.prefetch import prefetched
 from lib_lora.train.data.report import BucketReport, DataReport, FolderReport
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from lib_lora.core.saving import Progress
     from lib_lora.train.data.buckets import Fit, Size
     from lib_lora.train.data.folders import Folder
+    from lib_lora.train.data.measuring import Measured
     from lib_lora.train.data.options import DataOptions
-    from lib_lora.train.data.pictures import Measured
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ def open_dataset(options: DataOptions, progress: Progress = no_progress) -> Data
     Raises:
         FileError: If a folder or list can not be read.
         JobError: If there are no pictures, or none of them can be used.
+        OutputError: If the folder for encoded pictures and captions can not be written to.
     """
     folders, notes = _folders(options)
     files = list(dict.fromkeys(entry.path for folder in folders for entry in folder.entries))
-    found = dict(zip(files, _looked_at(files, Buckets.of(options), progress), strict=True))
+    found = dict(zip(files, _looked_at(files, options, progress), strict=True))
     pictures = [one for folder in folders for one in _pictures(folder, found, options.picture_folder)]
     skipped = [file for folder in folders for file in (*folder.skipped, *_skipped(folder, found))]
     if all(picture.is_reg for picture in pictures):
@@ -108,12 +110,14 @@ def _folders(options: DataOptions) -> tuple[list[Folder], list[str]]:
     return folders, notes
 
 
-def _looked_at(files: Sequence[Path], buckets: Buckets, progress: Progress) -> Iterator[_Usable | str]:
+def _looked_at(files: Sequence[Path], options: DataOptions, progress: Progress) -> Iterator[_Usable | str]:
     """For each file its size and bucket, or why it can not be used."""
+    buckets = Buckets.of(options)
+    measurements = Measurements(options.cache_folder if options.makes_files else None)
 
     def look(path: Path) -> _Usable | str:
         try:
-            measured = measure(path)
+            measured = measurements.measure(path)
             return _Usable(measured, buckets.fit(measured.size))
         except ValueError as error:
             return str(error)
@@ -121,6 +125,7 @@ def _looked_at(files: Sequence[Path], buckets: Buckets, progress: Progress) -> I
     for done, found in enumerate(prefetched(look, files, os.cpu_count() or 1), 1):
         progress(done, len(files))
         yield found
+    measurements.keep()
 
 
 def _pictures(folder: Folder, found: Mapping[Path, _Usable | str], base: Path) -> Iterator[Picture]:

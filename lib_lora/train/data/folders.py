@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lib_lora.core.opening import reason_of, shown
-from lib_lora.errors import FileError, JobError
+from lib_lora.errors import FileError, JobError, OutputError
 from lib_lora.tools.images import SUFFIXES, Skipped
 from lib_lora.train.data.captions import read_caption
 
@@ -102,6 +102,18 @@ def count_pictures(base: Path) -> int:
         return 0
     folders = [path for path in _listed(base) if path.is_dir() and not path.name.startswith(".")]
     return sum(_is_picture(path) for folder in [base, *folders] for path in _listed(folder))
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those it is in, where they are missing.
+
+    Raises:
+        OutputError: If that is not possible.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {shown(path)} can not be made: {reason_of(error)}") from error
 
 
 def _places(base: Path, options: DataOptions) -> list[Path]:

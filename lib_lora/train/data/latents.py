@@ -9,6 +9,7 @@ import torch
 
 from lib_lora.core.saving import no_progress
 from lib_lora.errors import FileError, JobError
+from lib_lora.train.data.batch import stacked
 from lib_lora.train.data.pictures import middle, pixels
 from lib_lora.train.data.prefetch import prefetched
 from lib_lora.train.data.tensor_cache import TensorCache
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from lib_lora.core.saving import Progress
     from lib_lora.train.data.buckets import Size
     from lib_lora.train.data.dataset import Dataset
-    from lib_lora.train.data.options import DataOptions
     from lib_lora.train.data.pictures import Picture
 
     Encode = Callable[[Tensor], Tensor]
@@ -95,26 +95,21 @@ def cache_latents(
 
     What `encode` and `progress` raise passes through; files that were made stay.
     """
-    cached = CachedLatents(_cache(dataset.options), fingerprint)
-    sides = [
-        Side(one, flipped) for one in dataset.pictures for flipped in (False, True)[: 1 + dataset.options.flip_aug]
-    ]
+    options = dataset.options
+    cache = TensorCache(options.cache_folder if options.cache_latents_to_disk else None)
+    cached = CachedLatents(cache, fingerprint)
+    ways = (False, True) if options.flip_aug else (False,)
+    sides = [Side(picture, flipped) for picture in dataset.pictures for flipped in ways]
     missing = [side for side in sides if cached.find(side) is None]
     done = len(sides) - len(missing)
     progress(done, len(sides))
-    options = dataset.options
-    for group, stacked in prefetched(
-        _loaded, _groups(missing, options.vae_batch_size), options.max_data_loader_n_workers
-    ):
-        for side, latents in zip(group, encode(stacked), strict=True):
+    groups = _groups(missing, options.vae_batch_size)
+    for group, content in prefetched(_loaded, groups, options.max_data_loader_n_workers):
+        for side, latents in zip(group, encode(content), strict=True):
             cached.add(side, latents)
         done += len(group)
         progress(done, len(sides))
     return cached
-
-
-def _cache(options: DataOptions) -> TensorCache:
-    return TensorCache(options.cache_folder if options.cache_latents_to_disk else None)
 
 
 def _groups(sides: list[Side], most: int) -> Iterator[list[Side]]:
@@ -127,4 +122,4 @@ def _groups(sides: list[Side], most: int) -> Iterator[list[Side]]:
 
 
 def _loaded(group: list[Side]) -> tuple[list[Side], Tensor]:
-    return group, torch.stack([pixels(picture, middle(picture, flipped=flipped)) for picture, flipped in group])
+    return group, stacked([pixels(picture, middle(picture, flipped=flipped)) for picture, flipped in group])

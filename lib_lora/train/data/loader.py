@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from lib_lora.train.data.batch import Batch
+from lib_lora.train.data.batch import Batch, stacked
 from lib_lora.train.data.captions import drawn_caption
 from lib_lora.train.data.order import ALONE
 from lib_lora.train.data.pictures import drawn_view, pixels
@@ -118,7 +118,7 @@ def _joined(step: int, examples: Sequence[_Example]) -> Batch:
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(present) if present else None
+    return stacked(present) if present else None
 
 
 def _time_ids(picture: Picture, view: View) -> tuple[int, ...]:

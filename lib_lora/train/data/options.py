@@ -134,6 +134,11 @@ class DataOptions:
         return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
     @property
+    def makes_files(self) -> bool:
+        """Whether anything is kept for the next time."""
+        return self.cache_latents_to_disk or self.cache_text_encoder_outputs_to_disk
+
+    @property
     def cache_folder(self) -> Path:
         """Where files of encoded pictures and captions are."""
         if self.cache_dir is not None:

@@ -1,4 +1,4 @@
-"""One picture: whether it can be read, and how it becomes pixels of its bucket."""
+"""How a picture becomes pixels of its bucket."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lib_lora.core.opening import FileIdentity, shown
+from lib_lora.core.opening import shown
 from lib_lora.errors import FileError
 from lib_lora.tools.pictures import UNREADABLE, open_picture, why_unreadable
 from lib_lora.train.data.buckets import Size
@@ -20,21 +20,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lib_lora.core.opening import FileIdentity
     from lib_lora.train.data.buckets import Fit
     from lib_lora.train.data.options import DataOptions
     from lib_lora.train.data.order import Row
-
-
-class Measured(NamedTuple):
-    """What was found at a path.
-
-    Attributes:
-        size: Upright.
-        identity: Of the content.
-    """
-
-    size: Size
-    identity: FileIdentity
 
 
 @dataclass(frozen=True)
@@ -74,19 +63,6 @@ class View(NamedTuple):
     left: int
     top: int
     flipped: bool
-
-
-def measure(path: Path) -> Measured:
-    """Read it whole, so that damage is found before the training and not in the middle of it.
-
-    Raises:
-        ValueError: If it can not be read; with the reason.
-    """
-    try:
-        identity = FileIdentity.of(path)
-        return Measured(Size(*open_picture(path).size), identity)
-    except (*UNREADABLE, FileError) as error:
-        raise ValueError(why_unreadable(error)) from error
 
 
 def drawn_view(picture: Picture, row: Row, options: DataOptions) -> View:

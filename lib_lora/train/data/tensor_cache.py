@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from lib_lora.core.files import read_lora_file
 from lib_lora.core.fingerprint import samples
-from lib_lora.core.opening import reason_of, shown
 from lib_lora.core.saving import bytes_of, save_tensors
-from lib_lora.errors import FileError, OutputError
+from lib_lora.errors import FileError
+from lib_lora.train.data.folders import make_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -52,10 +52,7 @@ class TensorCache:
             self._held[key] = kept
             return
         path = self._path(self._folder, key)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"the folder {shown(path.parent)} can not be made: {reason_of(error)}") from error
+        make_folder(path.parent)
         save_tensors(path, kept, {"key": key, "crc32": _checksum(kept)}, overwrite=True)
 
     @staticmethod
