@@ -79,20 +79,14 @@ class LoraLayer(nn.Module):
             return output
         if share and self.training and torch.rand(1).item() < share:
             return output
-        change, scale = self._unscaled(args[0])
-        change = change.to(output.dtype)
-        if isinstance(strength, torch.Tensor):
-            strengths = (strength * scale).to(change.device, change.dtype)
-            return output + change * strengths.reshape(-1, *(1,) * (change.ndim - 1))
-        return torch.add(output, change, alpha=strength * scale)
+        return output + self._change(args[0], strength).to(output.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The change at strength 1: (N, …, in) → (N, …, out), or (N, in, h, w) → (N, out, h', w')."""
-        change, scale = self._unscaled(x)
-        return change * scale
+        return self._change(x, 1.0)
 
-    def _unscaled(self, x: Tensor) -> tuple[Tensor, float]:
-        """What `up` gives, and the scale: multiplying by it is left to the sum, which does it in passing."""
+    def _change(self, x: Tensor, strength: float | Tensor) -> Tensor:
+        """Scaled between the factors, where the numbers are fewest."""
         down, up, scale = self.factors()
         hidden = _product(self.lora_down, x, down)
         if self.training and self.dropouts.neuron:
@@ -100,7 +94,9 @@ class LoraLayer(nn.Module):
         if self.training and self.dropouts.rank:
             hidden = hidden * _kept_ranks(hidden, self.dropouts.rank, self.lora_down)
             scale /= 1 - self.dropouts.rank
-        return _product(self.lora_up, hidden, up), scale
+        if isinstance(strength, torch.Tensor):
+            strength = strength.to(hidden.device, hidden.dtype).reshape(-1, *(1,) * (hidden.ndim - 1))
+        return _product(self.lora_up, hidden * (strength * scale), up)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """down, up and scale of a forward."""
