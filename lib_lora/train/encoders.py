@@ -47,7 +47,8 @@ class Encoders:
         if model.vae.dtype != torch.float32:  # in fp16 the autoencoder of SDXL makes NaN
             model.vae.float()
         for part in (model.vae, *model.text_encoders):
-            part.to(device).eval()
+            part.to(device)
+            part.eval()
 
     def loader(self, dataset: Dataset, accelerator: Any, bars: Callable[[str], Progress]) -> Loader:
         """What gives this process its batches; all that is encoded once is encoded then.

@@ -85,6 +85,7 @@ def train(
     _draw_class_pictures(accelerator, model, options, draw_picture, bars)
     dataset = open_dataset(options.data, bars("looking at pictures"))
     identity = weights_fingerprint(model.unet.parameters())
+    torch.manual_seed(options.data.seed)  # of the weights that a network begins with
     with _trainee(model, options) as trainee:
         training = Training(accelerator, model, options, dataset, trainee, bars)
         results = Results(training, model, dataset, draw_picture, identity)
@@ -326,6 +327,6 @@ class Training:
 
 def _cast_frozen(model: TrainModel, trainee: Trainee, dtype: torch.dtype) -> None:
     """What is not trained has the type of the products; what is trained stays float32."""
-    model.unet.to(torch.float32 if trainee.module is model.unet else dtype)
-    for encoder in model.text_encoders:
-        encoder.to(dtype)
+    for part in (model.unet, *model.text_encoders):
+        if part is not trainee.module and part.dtype != dtype:
+            part.to(dtype)

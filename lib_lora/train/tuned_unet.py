@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lib_lora.core.replacing import making_folder
 from lib_lora.core.saving import LazyTensor, save_bytes, save_tensors
 from lib_lora.tools.convert_checkpoint import to_single
@@ -12,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    import torch
     from torch import Tensor, nn
 
     from lib_lora.train.metadata import Reached, TrainingFacts
@@ -48,7 +49,9 @@ class TunedUNet:
         """
         for encoder in model.text_encoders:
             encoder.requires_grad_(False)
-        self.module: nn.Module = model.unet.float().requires_grad_(True)
+        if model.unet.dtype != torch.float32:
+            model.unet.float()
+        self.module: nn.Module = model.unet.requires_grad_(True)
         self._model, self._options, self._dtype = model, options, dtype
         self._index, self._scheduler = model.pipe.to_json_string(), model.pipe.scheduler  # samples put in others
 

@@ -1,0 +1,88 @@
+"""Two processes, joined by gloo, compute what one computes with the joined batch; the command line launches both."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_runs import run, tiny_folder, write_pictures
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+pytestmark = [pytest.mark.newest, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-6
+SECONDS = 240
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launched(processes: int, arguments: list[str]) -> None:
+    """``accelerate launch`` on CPUs, without its own process around it."""
+    common = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    command = [sys.executable, "-m", "lib_lora", "train", *arguments]
+    started = [
+        subprocess.Popen(  # noqa: S603
+            command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(processes)
+    ]
+    told = [process.communicate(timeout=SECONDS)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * processes
+    assert "1 of 1 steps" in told[0]
+    assert told[1:] == [""] * (processes - 1)
+
+
+def test_first_gradients_of_two_processes_are_those_of_one_with_the_joined_batch(tmp_path):
+    model, pictures = tiny_folder(tmp_path), write_pictures(tmp_path / "pictures")
+    begun = run(model, pictures, tmp_path / "begun").paths[0]
+    given = {
+        "optimizer_type": "SGD",
+        "learning_rate": 1.0,
+        "max_grad_norm": 0,
+        "max_train_steps": 1,
+        "network_weights": begun,
+    }
+    alone = run(model, pictures, tmp_path / "alone", train_batch_size=4, **given).paths[0]
+    values = {
+        **given,
+        "pretrained_model_name_or_path": model,
+        "train_data_dir": pictures,
+        "output_dir": tmp_path / "joined",
+        "output_name": "made",
+        "save_precision": "float",
+        "resolution": 64,
+        "train_batch_size": 2,
+        "device": "cpu",
+    }
+    launched(2, [f"--{key}={value}" for key, value in values.items()])
+    before, one, two = (load_file(path) for path in (begun, alone, tmp_path / "joined" / "made.safetensors"))
+    assert one.keys() == two.keys()
+    assert largest(before, one) > 100 * TOLERANCE
+    assert largest(one, two) < TOLERANCE
+
+
+def largest(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """Of all differences."""
+    return max(torch.stack([(first[name] - second[name]).abs().max() for name in first])).item()
