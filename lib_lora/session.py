@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lib_lora.core.base_store import StoreKind
+    from lib_lora.core.gpu.switch import SwitchKind
     from lib_lora.core.layers import LayerRef
     from lib_lora.core.models import BaseModel
     from lib_lora.core.patch_state import ApplyReport, Rounding
@@ -70,6 +72,7 @@ class LoraSession:
         store: StoreKind = "auto",
         checkpoint: Path | Sequence[Path] | None = None,
         fp8_rounding: Rounding = "nearest",
+        switch: SwitchKind = "auto",
         presets: PresetFiles | None = None,
         on_weights_changed: Callable[[Sequence[LayerRef]], None] | None = None,
         control_follows: bool = False,
@@ -84,6 +87,7 @@ class LoraSession:
             store: Where base weights are kept while LoRAs are fused.
             checkpoint: The .safetensors file(s) the model was loaded from, which can serve as the store.
             fp8_rounding: How sums are rounded to weights in fp8: ``nearest``, or ``stochastic`` (seeded).
+            switch: How many layers are written at a time.
             presets: Where presets of block weights are read; by default from files in the LoRA folders.
             on_weights_changed: Called after weights were written, with their layers.
             control_follows: Whether LoRAs of the UNet act on the ControlNets' copies of its layers too.
@@ -99,7 +103,7 @@ class LoraSession:
         files = [checkpoint] if isinstance(checkpoint, Path) else list(checkpoint or ())
         mapped = layer_tensors(self.keymap.parameters, files) if files and store in ("auto", "checkpoint") else None
         weights = [layer.live() for layer in self.keymap.parameters]
-        self._patcher = ModelPatcher(components, choose_store(store, weights, mapped), fp8_rounding)
+        self._patcher = ModelPatcher(components, choose_store(store, weights, mapped), fp8_rounding, switch)
         self._applier = Applier(self._patcher, on_weights_changed)
         self._components = dict(components)
         self._mode: Mode = mode
@@ -290,7 +294,6 @@ class LoraSession:
             report = self.clear()
             self._patcher.release()
             self._resolver.clear()
-            self._loras = []
             return_memory()
             return report
 
@@ -328,9 +331,7 @@ class LoraSession:
         return self._report
 
     def _apply(self, loras: list[ResolvedLora], refused: list[RefusedLora]) -> tuple[FusePlan, list[ApplyReport]]:
-        def plan(loras: list[ResolvedLora]) -> FusePlan:
-            return self._resolver.plan(loras, self._compat)
-
+        plan = partial(self._resolver.plan, compat=self._compat)
         try:
             return self._applier.apply(loras, refused, plan, hook=self._mode == "hook")
         except ForeignWriteError:

@@ -52,8 +52,8 @@ WEIGHT_WRITERS = {
     "core/kohya_rounding.py",
     "core/base_store.py",
 }
-KERNEL = ("core/adapters/",)
-"""They add their part to the sum that `numerics` gives them."""
+KERNEL = ("core/adapters/", "core/gpu/")
+"""They add their part to the sum that `numerics` gives them, or make the sums of many layers that `patcher` gives."""
 FILE_WRITERS = {"core/saving.py", "core/replacing.py"}
 PRINTERS = ("__main__.py", "cli/")
 BROAD_EXCEPT = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -34,8 +34,17 @@ class BaseStore(Protocol):
         """Bytes of memory it holds beside the model and the checkpoint's file."""
         ...
 
+    @property
+    def is_near(self) -> bool:
+        """Whether the weights lie in the model's own memory, so that reading one costs no transfer."""
+        ...
+
     def capture(self, layer: LayerRef, weight: Tensor) -> None:
         """Remember `weight`, which must be the untouched one. A layer that is known already is replaced."""
+        ...
+
+    def source(self, layer: LayerRef, like: Tensor) -> Tensor:
+        """The base weight as it is kept, in the shape of `like`, on any device, of any dtype; not to be written to."""
         ...
 
     def get(self, layer: LayerRef, like: Tensor) -> Tensor:
@@ -44,6 +53,10 @@ class BaseStore(Protocol):
 
     def restore(self, layer: LayerRef, out: Tensor) -> None:
         """Copy the base weight to `out` without allocating memory on its device."""
+        ...
+
+    def restore_all(self, layers: Sequence[LayerRef], outs: Sequence[Tensor]) -> None:
+        """`restore` for many."""
         ...
 
     def __contains__(self, key: object) -> bool:
@@ -72,6 +85,11 @@ class CopyStore:
         """Bytes of all copies."""
         return sum(copy.numel() * copy.element_size() for copy in self._copies.values())
 
+    @property
+    def is_near(self) -> bool:
+        """Not if the copies are in pinned RAM."""
+        return self._label == "device"
+
     def capture(self, layer: LayerRef, weight: Tensor) -> None:
         """Copy the weight."""
         if self._label == "device" or weight.device.type == "cpu":
@@ -80,6 +98,10 @@ class CopyStore:
             pinned = torch.empty_like(weight, device="cpu", pin_memory=True)
             self._copies[layer.key] = pinned.copy_(weight.detach())
 
+    def source(self, layer: LayerRef, like: Tensor) -> Tensor:
+        """The copy."""
+        return self._copies[layer.key]
+
     def get(self, layer: LayerRef, like: Tensor) -> Tensor:
         """The copy itself where device and dtype agree, else a converted one."""
         return self._copies[layer.key].to(like.device, like.dtype, non_blocking=True)
@@ -87,6 +109,10 @@ class CopyStore:
     def restore(self, layer: LayerRef, out: Tensor) -> None:
         """Copy the copy back."""
         out.copy_(self._copies[layer.key], non_blocking=True)
+
+    def restore_all(self, layers: Sequence[LayerRef], outs: Sequence[Tensor]) -> None:
+        """Copy the copies back; on a GPU some dozens by one kernel."""
+        copy_all(outs, [self._copies[layer.key] for layer in layers])
 
     def __contains__(self, key: object) -> bool:
         """Whether the layer was copied."""
@@ -121,6 +147,11 @@ class CheckpointStore:
         """Bytes of the copied layers."""
         return self._copies.nbytes
 
+    @property
+    def is_near(self) -> bool:
+        """No: the file is mapped into the host's memory."""
+        return False
+
     def capture(self, layer: LayerRef, weight: Tensor) -> None:
         """Verify the file's weight, or copy the live one."""
         self.forget(layer.key)
@@ -129,6 +160,12 @@ class CheckpointStore:
             self._verified.add(layer.key)
         else:
             self._copies.capture(layer, weight)
+
+    def source(self, layer: LayerRef, like: Tensor) -> Tensor:
+        """A view of the mapped file, or the copy."""
+        if layer.key in self._verified:
+            return self._tensors[layer.key].reshape(like.shape)
+        return self._copies.source(layer, like)
 
     def get(self, layer: LayerRef, like: Tensor) -> Tensor:
         """A view of the mapped file where dtypes agree, else a converted copy that lives as long as it is used."""
@@ -143,6 +180,11 @@ class CheckpointStore:
         else:
             self._copies.restore(layer, out)
 
+    def restore_all(self, layers: Sequence[LayerRef], outs: Sequence[Tensor]) -> None:
+        """One after the other."""
+        for layer, out in zip(layers, outs, strict=True):
+            self.restore(layer, out)
+
     def __contains__(self, key: object) -> bool:
         """Whether the layer was captured."""
         return key in self._verified or key in self._copies
@@ -151,6 +193,16 @@ class CheckpointStore:
         """Verify again at the next capture."""
         self._verified.discard(key)
         self._copies.forget(key)
+
+
+def copy_all(outs: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source to its tensor; between tensors of one GPU and dtype some dozens by one kernel.
+
+    Nobody waits for a GPU: what is asked of it next comes after, and sources in pinned RAM must stay as they are.
+    """
+    foreach: Any = torch.ops.aten._foreach_copy_  # has no types
+    if outs:
+        foreach(list(outs), list(sources), True)
 
 
 def _as(stored: Tensor, like: Tensor) -> Tensor:

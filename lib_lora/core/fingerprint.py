@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,11 +18,39 @@ SAMPLES = 32
 """Elements looked at in each weight, evenly spread."""
 
 
-class Sample(NamedTuple):
-    """Some elements of a weight: their dtype and their bytes."""
+class Gathered:
+    """Elements of many weights, on their device until somebody looks: a GPU need not be waited for before that."""
+
+    def __init__(self, pieces: Sequence[Tensor]) -> None:
+        """Args: pieces: 1-D, of one device and dtype."""
+        self._data = torch.cat([*pieces])
+
+    @cached_property
+    def content(self) -> bytes:
+        """All bytes."""
+        return self._data.cpu().view(torch.uint8).numpy().tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Some elements of a weight.
+
+    Attributes:
+        dtype: Of the weight.
+        gathered: Where they are, among others.
+        start: Of their bytes there.
+        stop: The same.
+    """
 
     dtype: torch.dtype
-    content: bytes
+    gathered: Gathered
+    start: int
+    stop: int
+
+    @property
+    def content(self) -> bytes:
+        """Their bytes."""
+        return self.gathered.content[self.start : self.stop]
 
 
 class Change(Enum):
@@ -32,17 +62,17 @@ class Change(Enum):
 
 
 def samples(weights: Sequence[Tensor]) -> list[Sample]:
-    """`SAMPLES` evenly spread elements of each weight; one transfer for each device and dtype."""
+    """`SAMPLES` evenly spread elements of each weight; one transfer for each device and dtype, when they are read."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, weight in enumerate(weights):
         groups.setdefault((weight.device, weight.dtype), []).append(index)
     result: dict[int, Sample] = {}
     for (_, dtype), indices in groups.items():
         pieces = [_elements(weights[index]) for index in indices]
-        data = torch.cat(pieces).cpu().view(torch.uint8).numpy().tobytes()
-        start = 0
+        gathered, stop = Gathered(pieces), 0
         for index, piece in zip(indices, pieces, strict=True):
-            result[index] = Sample(dtype, data[start : (start := start + piece.numel() * piece.element_size())])
+            start, stop = stop, stop + piece.numel() * piece.element_size()
+            result[index] = Sample(dtype, gathered, start, stop)
     return [result[index] for index in range(len(weights))]
 
 

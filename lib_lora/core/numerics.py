@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 
 from lib_lora.core.adapters import LowRankAdapter, WeightAdapter, is_low_rank
-from lib_lora.core.adapters.base import full_precision, matrix
+from lib_lora.core.adapters.base import exact_products, full_precision, matrix
 from lib_lora.core.adapters.lora import LoraAdapter
 from lib_lora.core.workspace import Workspace
 
@@ -68,11 +68,19 @@ def stack(terms: Sequence[Term], dtype: torch.dtype, device: torch.device, works
     ups = [low.up for low in factors]
     if scales.count(scales[0]) == len(scales):
         return Stack(_joined(ups, 1, dtype, device, workspace), down, scales[0])
-    gain = 1.0 if dtype != torch.float16 else _power_of_two(max(map(abs, scales)))
+    gain = common_gain(scales, dtype)
     up = _joined(ups, 1, torch.float32, device, workspace)
     each = [scale / gain for scale, low in zip(scales, ups, strict=True) for _ in range(low.shape[1])]
     up.mul_(torch.tensor(each, dtype=torch.float32, device=device))
     return Stack(up.to(dtype), down, gain)
+
+
+def common_gain(scales: Sequence[float], dtype: torch.dtype) -> float:
+    """What scales that are folded into factors of this dtype are divided by, and their product is multiplied by.
+
+    A power of two, so that neither costs a bit, and 1 for types that underflow nowhere near.
+    """
+    return 1.0 if dtype != torch.float16 else _power_of_two(max(map(abs, scales)))
 
 
 def _joined(parts: list[Tensor], dim: int, dtype: torch.dtype, device: torch.device, workspace: Workspace) -> Tensor:
@@ -129,7 +137,8 @@ def fuse_layer(
     as_one = has_native_gemm(out.dtype, out.device.type) and base.dtype == out.dtype
     if not dense and as_one and out.is_contiguous() and base.is_contiguous():
         up, down, gain = stack(low_rank, out.dtype, out.device, workspace)
-        torch.addmm(base.flatten(1), up, down, alpha=gain, out=out.flatten(1))
+        with exact_products(out.device):
+            torch.addmm(base.flatten(1), up, down, alpha=gain, out=out.flatten(1))
     else:
         stacked = stack(low_rank, torch.float32, out.device, workspace) if low_rank else None
         with full_precision(out.device):

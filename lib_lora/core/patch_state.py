@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lib_lora.core.fingerprint import Sample
+from lib_lora.core.peaks import Peaks
 
 if TYPE_CHECKING:
     from lib_lora.core.base_store import BaseStore
@@ -29,7 +30,7 @@ class PatchState:
         layers: Layer key → place, of the layers in the store.
         applied: Layer key → what is fused there now; base layers are not listed.
         samples: Layer key → sample of the weight as we left it.
-        peaks: Layer key → max |W0|, where it had to be known.
+        peaks: Layer key → max |W0|, of the layers that were written.
         plan_key: Key of the applied plan, ``""`` for the base.
         generation: Grows with every change of a weight.
     """
@@ -38,7 +39,7 @@ class PatchState:
     layers: dict[str, LayerRef] = field(default_factory=dict[str, "LayerRef"])
     applied: dict[str, AppliedKey] = field(default_factory=dict[str, "AppliedKey"])
     samples: dict[str, Sample] = field(default_factory=dict[str, Sample])
-    peaks: dict[str, float] = field(default_factory=dict[str, float])
+    peaks: Peaks = field(default_factory=Peaks)
     plan_key: str = ""
     generation: int = 0
 

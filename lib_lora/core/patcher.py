@@ -10,6 +10,8 @@ import torch
 
 from lib_lora.core import numerics
 from lib_lora.core.fingerprint import Change, compare, samples
+from lib_lora.core.gpu.grouped import Sum
+from lib_lora.core.gpu.switch import GroupedSwitch
 from lib_lora.core.held import HeldSums
 from lib_lora.core.layers import LayerRef, is_fp8
 from lib_lora.core.memory import OUT_OF_MEMORY
@@ -24,18 +26,20 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lib_lora.core.base_store import BaseStore
+    from lib_lora.core.gpu.switch import SwitchKind
     from lib_lora.core.patch_state import AppliedKey, Rounding
     from lib_lora.core.plan import Compat, FusePlan, LayerPatch
-
-WIDE_PEAK = 1e6
-"""Taken for max |W0| of types with float32's range, where reading it would tell nothing."""
 
 
 class ModelPatcher:
     """Writes plans into a model's own parameters, in place, always from the base weights."""
 
     def __init__(
-        self, components: Mapping[str, nn.Module], store: BaseStore, fp8_rounding: Rounding = "nearest"
+        self,
+        components: Mapping[str, nn.Module],
+        store: BaseStore,
+        fp8_rounding: Rounding = "nearest",
+        switch: SwitchKind = "auto",
     ) -> None:
         """Take charge of a model.
 
@@ -45,12 +49,14 @@ class ModelPatcher:
             store: Where base weights shall be kept.
             fp8_rounding: How sums are rounded to weights in fp8: to the nearest, or at random by nearness, from a seed
                 that is the same for the same request.
+            switch: How many layers are written at a time.
         """
         self._fp8_rounding: Rounding = fp8_rounding
         self._components = dict(components)
         known = (getattr(module, STATE_ATTRIBUTE, None) for module in self._components.values())
         self._state = next((state for state in known if isinstance(state, PatchState)), PatchState(store))
         self._workspace = Workspace()
+        self._switch = GroupedSwitch(switch)
         self._held = HeldSums()
 
     @property
@@ -144,6 +150,7 @@ class ModelPatcher:
         for key in list(self._state.layers):
             self._forget(key)
         self._workspace = Workspace()
+        self._switch.clear()
         for module in self._components.values():
             if getattr(module, STATE_ATTRIBUTE, None) is self._state:
                 object.__delattr__(module, STATE_ATTRIBUTE)
@@ -169,12 +176,28 @@ class ModelPatcher:
         self._restore(leaving)
         state = self._state
         state.generation += bool(writes)
+        done = self._write_together(writes) if compat == "exact" and not self._switch.is_off else set[str]()
         for patch in writes:
-            self._soil(patch.layer.key)
-            live = patch.layer.live()
-            self._fuse(patch, live, compat)
+            if patch.layer.key not in done:
+                self._soil(patch.layer.key)
+                self._fuse(patch, patch.layer.live(), compat)
             state.applied[patch.layer.key] = self._key(patch, compat)
         self._mark(patch.layer for patch in writes)
+
+    def _write_together(self, writes: Sequence[LayerPatch]) -> set[str]:
+        """Write what can be written at once; returns the layers' keys, or none if memory was short for it."""
+        store, sums = self._state.store, dict[str, Sum]()
+        for patch in writes:
+            live = patch.layer.live()
+            if patch.held is None and self._switch.takes(live, patch.terms):
+                self._soil(patch.layer.key)
+                sums[patch.layer.key] = Sum(live, store.source(patch.layer, live), patch.terms, patch.networks)
+        try:
+            self._switch.write([*sums.values()], near=store.is_near)
+        except OUT_OF_MEMORY:
+            self._switch.clear()
+            return set()
+        return set(sums)
 
     def _fuse(self, patch: LayerPatch, out: Tensor, compat: Compat) -> None:
         """One layer; on a device without memory for it, through the host's."""
@@ -219,7 +242,8 @@ class ModelPatcher:
         state.plan_key = ""
         for layer in layers:
             self._soil(layer.key)
-            state.store.restore(layer, layer.live())
+        state.store.restore_all(layers, [layer.live() for layer in layers])
+        for layer in layers:
             del state.applied[layer.key]
         self._mark(layers)
 
@@ -236,9 +260,11 @@ class ModelPatcher:
 
     def _refuse_overflow(self, writes: Sequence[LayerPatch], compat: Compat) -> None:
         """Prove that every weight stays finite; where the bounds do not prove it, compute and look."""
+        state = self._state
+        state.peaks.read((patch.layer for patch in writes), state.store)
         for patch in writes:
             live = patch.layer.live()
-            if numerics.is_finite_for_sure(patch.summands, self._peak(patch.layer, live), live.dtype):
+            if numerics.is_finite_for_sure(patch.summands, state.peaks[patch.layer.key], live.dtype):
                 continue
             trial = torch.empty_like(live)
             self._fuse(patch, trial, compat)
@@ -248,14 +274,6 @@ class ModelPatcher:
                     f"(largest number {torch.finfo(live.dtype).max:g}); lower its strength",
                     network=patch.heaviest().uid,
                 )
-
-    def _peak(self, layer: LayerRef, like: Tensor) -> float:
-        """Max |W0|, read once, and only for types in which a sum of ordinary numbers can overflow."""
-        if torch.finfo(like.dtype).max > 1e30:
-            return WIDE_PEAK
-        if layer.key not in self._state.peaks:
-            self._state.peaks[layer.key] = self._state.store.get(layer, like).float().abs().amax().item()
-        return self._state.peaks[layer.key]
 
     def _reconcile(self) -> tuple[str, ...]:
         """Compare the weights with what we left, and forget what was replaced.

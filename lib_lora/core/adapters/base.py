@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from lib_lora.core.workspace import Workspace
 from lib_lora.errors import AdapterError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from typing import TypeGuard
 
@@ -168,8 +168,56 @@ def _has_factors(kind: type) -> bool:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off: a host may load and apply LoRAs under it, and every product would be rounded to half precision."""
-    return torch.autocast(device.type, enabled=False) if device.type in AUTOCAST else nullcontext()
+    """Autocast off: a host may load and apply LoRAs under it, and every product would be rounded to half precision.
+
+    On a GPU also `exact_products`.
+    """
+    if device.type not in AUTOCAST:
+        return nullcontext()
+    autocast_off = torch.autocast(device.type, enabled=False)
+    if device.type != "cuda":
+        return autocast_off
+    both = ExitStack()
+    both.enter_context(autocast_off)
+    both.enter_context(exact_products(device))
+    return both
+
+
+def exact_products(device: torch.device) -> AbstractContextManager[object]:
+    """On a GPU: no TF32, and no sums in half precision, which a host may have allowed for the sake of its pictures."""
+    return _cublas_as_told() if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _cublas_as_told() -> Generator[None]:
+    matmul: Any = torch.backends.cuda.matmul  # its attributes are made by hand
+    before = {name: getattr(matmul, name) for name in _shortcuts()}
+    try:
+        for name, exact in _shortcuts().items():
+            setattr(matmul, name, exact)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
+
+
+@functools.cache
+def _shortcuts() -> dict[str, object]:
+    """What may cost bits in a product → how it is forbidden; torch 2.1 knows less of it than 2.13."""
+    wanted = {
+        "allow_fp16_reduced_precision_reduction": False,
+        "allow_bf16_reduced_precision_reduction": False,
+        "allow_fp16_accumulation": False,
+    }
+    tf32 = ("fp32_precision", "ieee") if _is_known("fp32_precision") else ("allow_tf32", False)
+    return dict([*((name, value) for name, value in wanted.items() if _is_known(name)), tf32])
+
+
+def _is_known(name: str) -> bool:
+    try:
+        return getattr(torch.backends.cuda.matmul, name) is not None
+    except (AttributeError, AssertionError):  # the second is what torch 2.1 says
+        return False
 
 
 def matrix(parameter: Tensor) -> Tensor:
