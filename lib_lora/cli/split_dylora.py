@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     add = parser.add_argument
-    add("--lora", type=Path, required=True, metavar="FILE", help="file that kohya's networks.dylora has trained")
+    add(
+        "--lora",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a DyLoRA, trained here or by kohya's networks.dylora",
+    )
     add("--unit", type=int, required=True, help="ranks that were trained together")
     add("--out", type=Path, required=True, metavar="FILE", help="NAME.safetensors makes NAME-0004.safetensors, …")
     result_options(parser)

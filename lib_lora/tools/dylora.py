@@ -1,6 +1,8 @@
 """A DyLoRA file as one LoRA for each of its ranks.
 
 Source: kohya's extract_lora_from_dylora.py, whose slices and metadata these are; its files carry hashes of other files.
+It leaves alpha as it is, so that alpha / rank grows. Files that were trained here say that their ranks are used at the
+scale of the whole (`SCALE`), as ``dyn=`` uses those of any file: theirs is made smaller with the rank.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from lib_lora.core.naming import split_key
 from lib_lora.core.network import network_from_file
 from lib_lora.core.saving import check_output, file_size, no_progress, save_tensors
 from lib_lora.errors import JobError
-from lib_lora.tools.metadata import sshs_hashes
+from lib_lora.tools.metadata import network_facts, sshs_hashes
 from lib_lora.tools.outcome import Outcome, shapes_only
 from lib_lora.tools.work import Work
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from lib_lora.core.files import LoraFile
     from lib_lora.core.network import Network
     from lib_lora.core.saving import Progress
+
+SCALE = {"prefuse.dylora_scale": "whole"}
+"""In the metadata of a DyLoRA whose first ranks are meant at the scale alpha / rank of the whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +66,10 @@ def split_dylora(
     preview: bool = False,
     progress: Progress = no_progress,
 ) -> DyloraSplit:
-    """Write one LoRA for each rank below that of a DyLoRA: the first 1, 2, … units of its ranks; alpha stays.
+    """Write one LoRA for each rank below that of a DyLoRA: the first 1, 2, … units of its ranks.
 
     Args:
-        lora: A file that kohya's networks.dylora has trained.
+        lora: A file of DyLoRA; alpha stays if kohya's networks.dylora has trained it.
         out: What the files' names begin with: ``out.safetensors`` gives ``out-0004.safetensors``, and so on.
         unit: Ranks that were trained together.
         overwrite: Whether older files are replaced.
@@ -117,15 +122,23 @@ class _Part:
         tensors = shapes_only(self.tensors())
         return file_size(self.path, tensors, self.metadata(tensors))
 
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether alpha / rank stays, and not alpha."""
+        return SCALE.items() <= self.file.metadata.items()
+
     def tensors(self) -> dict[str, Tensor]:
-        """Views of the source's."""
-        return {key: _slice(key, tensor, self.rank) for key, tensor in self.file.tensors.items()}
+        """Views of the source's; an alpha that changes is float32."""
+        share = self.rank / self.whole if self.keeps_scale else 1.0
+        return {key: _slice(key, tensor, self.rank, share) for key, tensor in self.file.tensors.items()}
 
     def metadata(self, tensors: Mapping[str, Tensor], progress: Progress = no_progress) -> dict[str, str]:
         """The source's, as kohya changes it, with hashes of this file; `progress` is told the bytes that are hashed."""
         comment = f"split from DyLoRA, rank {self.whole} to {self.rank}; "
         comment += self.file.metadata.get("ss_training_comment", "")
         metadata = dict(self.file.metadata) | {"ss_training_comment": comment, "ss_network_dim": str(self.rank)}
+        if self.keeps_scale:
+            metadata["ss_network_alpha"] = network_facts(tensors)["ss_network_alpha"]
         return metadata | sshs_hashes(tensors, metadata, progress)
 
 
@@ -160,9 +173,11 @@ def _rank(file: LoraFile, network: Network, unit: int) -> int:
     return rank
 
 
-def _slice(key: str, tensor: Tensor, rank: int) -> Tensor:
-    """The first ranks of a factor; another tensor as it is."""
+def _slice(key: str, tensor: Tensor, rank: int, share: float) -> Tensor:
+    """The first ranks of a factor, that share of an alpha; another tensor as it is."""
     parts = split_key(key)
-    if parts is None or parts.role == "alpha":
+    if parts is None or (parts.role == "alpha" and share == 1):
         return tensor
+    if parts.role == "alpha":
+        return tensor.float() * share
     return tensor[:, :rank] if parts.role == "lora_up" else tensor[:rank]

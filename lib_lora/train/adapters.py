@@ -135,10 +135,11 @@ class Units:
 class DyloraLayer(LoraLayer):
     """LoRA whose first ranks are a LoRA of their own: each forward trains one unit of ranks and uses those up to it.
 
-    Ranks before the unit are used as they are, ranks behind it not at all, at the scale alpha / ranks used: just what
-    a file computes that `split-dylora` has cut there. kohya's script differs: it uses all ranks in each forward, at the
-    scale alpha / rank · √(rank / ranks up to the unit), and draws a unit for each layer. Outside of training all ranks
-    are used.
+    Ranks before the unit are used as they are, ranks behind it not at all, all at the scale alpha / rank of the whole.
+    So a unit learns what those before it leave over, and the first ranks of the file have, with ``dyn=`` or cut by
+    `split_dylora`, the effect they were trained to have. kohya's script differs: it uses all ranks in each forward, at
+    the scale alpha / rank · √(rank / ranks up to the unit), draws a unit for each layer, and cuts leave alpha as it is.
+    Outside of training all ranks are used.
 
     A forward of a component and its backward belong together: under gradient checkpointing no other forward may come
     between them. Gradients of ranks that are not trained are 0, so an optimizer's momentum still moves them.
@@ -154,7 +155,7 @@ class DyloraLayer(LoraLayer):
         start, stop = self.units.start, self.units.start + self.units.unit
         down = torch.cat([down[:start].detach(), down[start:stop]])
         up = torch.cat([up[:, :start].detach(), up[:, start:stop]], 1)
-        return down, up, scale * self.rank / stop
+        return down, up, scale
 
 
 def _factors(base: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib_lora import __version__
 from lib_lora.core.files import CHUNK_BYTES
+from lib_lora.tools.dylora import SCALE
 from lib_lora.tools.metadata import LEGACY_LETTERS, LEGACY_WINDOW, base_model_facts, model_spec, network_facts
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def training_metadata(
     texts |= {"ss_sd_model_name": facts.model_name, **facts.model_hashes}
     if minimum:
         texts = {key: text for key, text in texts.items() if key in _MINIMUM}
-    return texts | _spec(network, facts, now)
+    return texts | _spec(network, facts, now) | (SCALE if network.options.is_dylora else {})
 
 
 def tag_frequency(folders: Iterable[Folder], separator: str = ",") -> dict[str, dict[str, int]]:

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from lib_lora.__main__ import main
 from lib_lora.core.files import read_lora_file
+from lib_lora.core.network import load_network
 from lib_lora.core.saving import save_tensors
 from lib_lora.errors import JobError, NonFiniteError, OutputError
-from lib_lora.tools.dylora import split_dylora
+from lib_lora.tools.dylora import SCALE, split_dylora
 from tests.family_files import family_tensors, write
 
 if TYPE_CHECKING:
@@ -58,6 +59,22 @@ def test_metadata_are_kohyas_and_hashes_are_of_the_file_itself(tmp_path):
         assert said.pop("sshs_legacy_hash") == hashlib.sha256(b"").hexdigest()[:8]  # of a file below 1 MiB
         comment = f"split from DyLoRA, rank 12 to {rank}; by hand"
         assert said == SAID | {"ss_training_comment": comment, "ss_network_dim": str(rank)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_ranks_that_are_meant_at_the_scale_of_the_whole_keep_it(tmp_path, dtype):
+    source = dylora(tmp_path / "a.safetensors", dtype=dtype, metadata=SAID | SCALE)
+    for path, rank in zip(split_dylora(source, tmp_path / "b.safetensors", 4).paths, (4, 8), strict=True):
+        cut, whole = load_network(path), load_network(source).with_rank(rank)
+        for name, adapter in cut.adapters.items():
+            own, theirs = adapter.factors(), whole.adapters[name].factors()
+            assert torch.equal(own.up, theirs.up)
+            assert torch.equal(own.down, theirs.down)
+            assert own.scale == theirs.scale == 0.5
+        assert cut.metadata["ss_network_alpha"] == str(6.0 * rank / 12)
+        again = split_dylora(path, tmp_path / "c.safetensors", rank // 2).paths[0]
+        assert {adapter.factors().scale for adapter in load_network(again).adapters.values()} == {0.5}
+        again.unlink()
 
 
 def test_a_file_without_metadata_is_split_too(tmp_path):

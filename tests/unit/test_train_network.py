@@ -89,6 +89,7 @@ def three_steps(model, batch, parameters) -> None:
         optimizer.step()
 
 
+@pytest.mark.newest
 def test_three_steps_are_those_of_peft(model, batch):
     network = attached(model, network_dim=RANK, network_alpha=ALPHA, conv_dim=RANK, conv_alpha=ALPHA)
     network.release()

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from lib_lora.core.network import load_network
-from lib_lora.tools.dylora import split_dylora
-from lib_lora.train.adapters import Dropouts, LoraLayer
+from lib_lora.tools.dylora import SCALE, split_dylora
+from lib_lora.train.adapters import Dropouts, DyloraLayer, LoraLayer, Units
 from lib_lora.train.create_network import create_network
 from lib_lora.train.network_file import network_tensors, save_network
 from lib_lora.train.network_options import NetworkOptions
@@ -17,6 +17,7 @@ from tests.toys import sd1_unet, text_encoder
 
 EXACT = 1e-12  # float64
 FLOAT_ERROR = 1e-6
+FROM_BEST = 1.7  # times the least error a matrix of that rank can have
 RANK, ALPHA, UNIT = 6, 3.0, 2
 
 LAYERS = {
@@ -145,10 +146,19 @@ def test_a_forward_trains_one_unit_of_all_layers_and_each_unit_has_its_turn(mode
     assert seen == {0, 2, 4}
 
 
+def same_layers(cut, network) -> None:
+    """That a file has the effect which ``dyn=`` gives the whole one."""
+    assert cut.ranks == network.ranks
+    for name, adapter in cut.adapters.items():
+        base = torch.empty(adapter.shape)
+        difference = adapter.delta_weight(base) - network.adapters[name].delta_weight(base)
+        assert difference.abs().max() < FLOAT_ERROR, name
+
+
 def test_a_forward_in_training_is_that_of_the_file_that_is_cut_there(model, inputs, tmp_path):
     network = dylora(model)
     path = tmp_path / "whole.safetensors"
-    save_network(path, network_tensors(network), {})
+    save_network(path, network_tensors(network), SCALE)
     split_dylora(path, tmp_path / "cut.safetensors", UNIT)
     found = {}
     with torch.no_grad():
@@ -160,7 +170,7 @@ def test_a_forward_in_training_is_that_of_the_file_that_is_cut_there(model, inpu
         network.release()
         for rank, noise in found.items():
             file = path if rank == RANK else tmp_path / f"cut-{rank:04d}.safetensors"
-            assert load_network(file).ranks == (rank,)
+            same_layers(load_network(file), load_network(path).with_rank(rank))
             options = NetworkOptions(network_weights=file, dim_from_weights=True, network_train_unet_only=True)
             cut = create_network(model[0], [model[1]], options)
             cut.attach()
@@ -182,3 +192,26 @@ def test_text_encoder_and_unet_draw_their_own_units_from_torchs_generator(model,
     network.release()
     assert drawn[:5] == drawn[5:]
     assert any(units["te1"] != units["unet"] for units in drawn)
+
+
+def test_each_unit_learns_what_those_before_it_leave_over():
+    torch.manual_seed(0)
+    base = nn.Linear(24, 24)
+    sizes = torch.tensor([2 / (index + 1) if index < 12 else 0.0 for index in range(24)])
+    target = torch.linalg.qr(torch.randn(24, 24))[0] * sizes @ torch.linalg.qr(torch.randn(24, 24))[0].T
+    layer = DyloraLayer(base, 8, 8.0)
+    layer.units = Units(8, UNIT)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
+    for _ in range(800):
+        layer.units.draw()
+        x = torch.randn(64, 24)
+        optimizer.zero_grad()
+        (layer(x) - x @ target.T).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    down, up, scale = layer.eval().factors()
+    left = [(scale * up[:, :rank] @ down[:rank] - target).square().sum().item() for rank in range(UNIT, 9, UNIT)]
+    best = [sizes[rank:].square().sum().item() for rank in range(UNIT, 9, UNIT)]
+    assert left == sorted(left, reverse=True)
+    assert all(one < FROM_BEST * other for one, other in zip(left, best, strict=True))

@@ -10,6 +10,7 @@ import pytest
 
 from lib_lora.core.files import read_lora_file
 from lib_lora.core.models import BaseModel
+from lib_lora.tools.dylora import SCALE
 from lib_lora.tools.training import TrainingFolder, read_training
 from lib_lora.train.create_network import create_network
 from lib_lora.train.data.buckets import Size
@@ -177,6 +178,7 @@ def test_other_families_and_dylora_are_named():
     assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
     assert metadata["ss_network_module"] == "networks.dylora"
     assert metadata["ss_network_args"] == '{"unit": "2"}'
+    assert SCALE.items() <= metadata.items()
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
 
 
