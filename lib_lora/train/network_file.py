@@ -5,6 +5,7 @@ Source: what train_network.py of sd-scripts does with ``--network_weights`` and 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from lib_lora.core.adapters.lora import LoraAdapter
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lib_lora.core.adapters import WeightAdapter
     from lib_lora.core.saving import Progress
     from lib_lora.train.adapters import LoraLayer
     from lib_lora.train.network import TrainNetwork
@@ -40,23 +42,23 @@ class WeightsFile:
 
     def __init__(self, path: Path, model: TrainedModel) -> None:
         self._name = shown(path)
-        self._untrained = 0
-        layers: list[tuple[Target, LoraAdapter]] = []
-        for layer, adapter in load_network(path).adapters.items():
-            if not isinstance(adapter, LoraAdapter) or adapter.core is not None:
-                raise TrainError(
-                    f"{self._name}: {layer} is {adapter.algorithm}; only plain LoRA layers can be trained on"
-                )
-            target = model.find(layer)
-            if target is None or not adapter.fits(target.shape):
-                raise TrainError(
-                    f"{self._name} is not for this model: it has no layer {layer} of shape {adapter.shape_text()}"
-                )
-            if target.component in model.components:
-                layers.append((target, adapter))
-            else:
-                self._untrained += 1
-        self.layers = sorted(layers, key=lambda one: one[0].component == "unet")
+        found = [self._find(layer, adapter, model) for layer, adapter in load_network(path).adapters.items()]
+        names = Counter(target.name for target, _ in found)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise TrainError(f"{self._name} holds {twice[0]} under two names; which one is meant can not be told")
+        trained = [one for one in found if one[0].component in model.components]
+        self.layers = sorted(trained, key=lambda one: one[0].component == "unet")
+        self._untrained = len(found) - len(trained)
+
+    def _find(self, layer: str, adapter: WeightAdapter, model: TrainedModel) -> tuple[Target, LoraAdapter]:
+        """Where in the model a layer of the file is."""
+        if not isinstance(adapter, LoraAdapter) or adapter.core is not None:
+            raise TrainError(f"{self._name}: {layer} is {adapter.algorithm}; only plain LoRA layers can be trained on")
+        target = model.find(layer)
+        if target is None or not adapter.fits(target.shape):
+            shape = adapter.shape_text()
+            raise TrainError(f"{self._name} is not for this model: it has no layer {layer} of shape {shape}")
+        return target, adapter
 
     def load(self, layers: Mapping[str, LoraLayer]) -> Iterator[str]:
         """Give its effect to layers of a network, by name; sentences about what is left out.

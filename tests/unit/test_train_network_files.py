@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import lib_lora
 from lib_lora.core.files import data_sha256, read_lora_file
 from lib_lora.core.network import load_network
 from lib_lora.errors import NonFiniteError, TrainError
@@ -17,6 +20,7 @@ from lib_lora.train.network_file import network_tensors, save_network
 from lib_lora.train.network_options import NetworkOptions
 from tests.toys import sd1_unet, sdxl_unet, text_encoder
 
+DEMO = Path(lib_lora.__file__).parent / "hosts" / "standalone" / "demo"
 FUSED_ERROR = 1e-5
 FP16_STEP = 2**-10
 EFFECT_ERROR = 1e-6
@@ -181,6 +185,30 @@ def test_other_algorithms_are_refused(model, tmp_path):
     save_file(factors, tmp_path / "a.safetensors")
     with pytest.raises(TrainError, match="is LoHa; only plain LoRA layers can be trained on"):
         again(model, tmp_path / "a.safetensors", dim_from_weights=True)
+
+
+def test_a_layer_under_two_names_is_refused(model, tmp_path):
+    tensors = network_tensors(network_of(model))
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    other = {key.replace(layer, "lora_unet_middle_block_1_proj_in"): tensors[key] for key in tensors if layer in key}
+    save_network(tmp_path / "a.safetensors", tensors | other, {})
+    with pytest.raises(TrainError, match=f"holds {layer} under two names"):
+        again(model, tmp_path / "a.safetensors", dim_from_weights=True)
+
+
+@pytest.mark.parametrize("name", ["stripes", "outline"])
+def test_the_embedded_models_loras_are_gone_on_from(name):
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    parts = [
+        UNet2DConditionModel.from_pretrained(DEMO / "model", subfolder="unet"),
+        CLIPTextModel.from_pretrained(DEMO / "model", subfolder="text_encoder"),
+    ]
+    file = DEMO / "loras" / f"{name}.safetensors"
+    network = again(parts, file, dim_from_weights=True)
+    assert network.notes == ()
+    assert network.state_dict().keys() == load_file(file).keys()
 
 
 def test_a_dylora_is_made_of_one_rank_that_units_divide(model, tmp_path):
