@@ -219,6 +219,11 @@ def test_things_are_made_ahead_and_in_order():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefuse-data")]
 
 
+def test_all_threads_work_at_once():
+    met = threading.Barrier(3, timeout=10)
+    assert list(prefetched(lambda number: (met.wait(), number)[1], range(6), 3)) == list(range(6))
+
+
 @pytest.mark.parametrize("workers", [0, 3])
 def test_a_fault_comes_where_its_result_would_have_come(workers):
     def make(number: int) -> int:

@@ -97,6 +97,15 @@ def test_files_are_used_again_by_the_next_training(folder, tmp_path):
     assert encoded_again(moved) == 0
 
 
+def test_the_same_bucket_of_a_picture_scaled_otherwise_is_encoded_again(tmp_path):
+    (tmp_path / "1_x").mkdir()
+    Image.new("RGB", (68, 132), "red").save(tmp_path / "1_x/a.png")
+    form = {"resolution": (96,), "bucket_reso_steps": 32, "min_bucket_reso": 32, "max_bucket_reso": 256}
+    fits = [opened(tmp_path, **form, bucket_no_upscale=no_upscale).pictures[0].fit for no_upscale in (True, False)]
+    assert fits[0].bucket == fits[1].bucket == (64, 128)
+    assert [encoded_again(tmp_path, **form, bucket_no_upscale=no_upscale) for no_upscale in (True, False)] == [1, 1]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -117,9 +126,13 @@ def test_mirrored_pictures_are_encoded_when_they_are_needed(folder):
 
 def test_a_picture_that_was_edited_is_encoded_again(folder):
     assert encoded_again(folder) == 5
-    path = folder / "2_cat/1.png"
+    path = folder / "2_cat/5.bmp"
+    Image.new("RGB", (64, 48), "blue").save(path)
+    size = path.stat().st_size
+    assert encoded_again(folder) == 1
     Image.new("RGB", (64, 48), "red").save(path)
     os.utime(path, ns=(1, 10**18))
+    assert path.stat().st_size == size
     assert encoded_again(folder) == 1
 
 

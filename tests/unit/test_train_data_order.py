@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -71,6 +72,13 @@ def test_epochs_and_seeds_differ_and_places_do_not_repeat():
     assert first != epoch_of(Order([list(range(20))], 4, 2), 0)
     places = [row.place for batch in first + second for row in batch]
     assert len(set(places)) == len(places)
+
+
+def test_batches_of_all_buckets_are_mixed():
+    order = Order([list(range(40)), list(range(100, 140))], 2, 3)
+    kinds = [batch[0].picture >= 100 for batch in epoch_of(order, 0)]
+    assert sum(kinds) == 20
+    assert sum(one != other for one, other in pairwise(kinds)) > 8
 
 
 def row(place: int, epoch: int = 0) -> Row:

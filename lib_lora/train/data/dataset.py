@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from lib_lora.train.data.measuring import Measured
     from lib_lora.train.data.options import DataOptions
 
+READERS = 8
+"""Pictures read at once at most: each takes its pixels' memory."""
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -122,7 +125,7 @@ def _looked_at(files: Sequence[Path], options: DataOptions, progress: Progress) 
         except ValueError as error:
             return str(error)
 
-    for done, found in enumerate(prefetched(look, files, os.cpu_count() or 1), 1):
+    for done, found in enumerate(prefetched(look, files, min(READERS, os.cpu_count() or 1)), 1):
         progress(done, len(files))
         yield found
     measurements.keep()
