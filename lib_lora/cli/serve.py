@@ -35,6 +35,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
     add("--mode", choices=("prefuse", "hook"), default="prefuse", help="into the weights, or beside them")
+    add("--compile", choices=("off", "inductor", "tensorrt"), default="off", help="in the background; eager till then")
     add("--language", help="en or zh (default: as this computer speaks)")
 
 
@@ -50,7 +51,8 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
     from lib_lora.hosts.standalone.host import StandaloneHost
     from lib_lora.ui.jobs import Jobs
 
-    named = {"index": cache_file(INDEX), "device": arguments.device, "dtype": arguments.dtype, "mode": arguments.mode}
+    named = {name: getattr(arguments, name) for name in ("device", "dtype", "mode")}
+    named |= {"index": cache_file(INDEX), "compiler": arguments.compile}
     loras = arguments.lora_dir or ()
     host = StandaloneHost(arguments.model, loras, arguments.model_dir, arguments.out_dir, **named)
     jobs = Jobs()

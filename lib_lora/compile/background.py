@@ -32,10 +32,12 @@ class Background:
                 self._is_running = True
                 threading.Thread(target=self._work, name="prefuse-compile").start()
 
-    def stop(self) -> None:
-        """Forget the jobs that were not begun."""
+    def stop(self) -> int:
+        """Forget the jobs that were not begun; how many they were."""
         with self._changed:
+            forgotten = len(self._jobs)
             self._jobs.clear()
+            return forgotten
 
     def wait(self, seconds: float | None) -> bool:
         """Until no job is left; False if that takes longer."""

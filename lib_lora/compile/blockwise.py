@@ -149,7 +149,7 @@ class BlockwiseHandle:
         block.reason = failure.reason
 
     def _give_up(self, clause: str) -> None:
-        self._background.stop()
+        self._done += self._background.stop()
         self._reason = f"All of it runs eagerly. {clause.rstrip('.')}."
         for block in self._blocks:
             block.release()

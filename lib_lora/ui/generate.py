@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from lib_lora.compile.choose import BACKENDS, OFF
 from lib_lora.errors import RequestError
 from lib_lora.hosts.guard import attempt, sentence
 from lib_lora.hosts.host import DEFAULT_SAMPLER, SEEDS, SIZE_STEP, GenerateRequest
 from lib_lora.hosts.standalone.infotext import parse_infotext, png_infotext, settings_of
+from lib_lora.ui.compiling import told
 from lib_lora.ui.markup import job_status, message, picture_report
 from lib_lora.ui.versions import listen, uploaded
 from lib_lora.ui.words import PROMPT
@@ -90,9 +92,13 @@ def _slider(page: Page, field: str, **options: Any) -> Any:
 
 
 def _model(page: Page, tab: Any) -> None:
-    """The choice of a model, which is loaded at once; another sub-tab may have chosen one meanwhile."""
+    """The choices of a model, which is loaded at once (another sub-tab may do that too), and of how it is compiled."""
     slot = page.slot()
-    model = page.choice("generate.model", lambda: [*page.host.models()], value=page.host.model())
+    with gr.Row():
+        model = page.choice("generate.model", lambda: [*page.host.models()], value=page.host.model())
+        compiler = page.add(
+            gr.Dropdown, "generate.compile", choices=[OFF, *BACKENDS], value=page.host.compiler(), min_width=100
+        )
     status = gr.HTML(elem_id="prefuse-generate-model-status")
 
     def load(name: str) -> Iterator[tuple[str, Any]]:
@@ -100,7 +106,12 @@ def _model(page: Page, tab: Any) -> None:
             ended = state.phase not in ("waiting", "running")
             yield job_status(page.texts, state), gr.update(value=page.host.model()) if ended else gr.update()
 
+    def compile_with(name: str) -> Iterator[tuple[str, ...]]:
+        for state in slot.run(lambda _: page.host.use_compiler(name)):
+            yield job_status(page.texts, state), *[told(page)] * 2
+
     listen(model.input, load, [model], [status, model])
+    listen(compiler.input, compile_with, [compiler], [status, *page.compiling])
     listen(tab.select, page.host.model, (), [model])
 
 

@@ -35,11 +35,13 @@ class Page:
     Attributes:
         host: The program around the page.
         texts: Words of its language.
+        compiling: The line that says how the model runs, as of `compiling.build`.
     """
 
     def __init__(self, host: Host, texts: Texts, jobs: Jobs | None = None) -> None:
         self.host = host
         self.texts = texts
+        self.compiling: tuple[Any, ...] = ()
         self._jobs = jobs or Jobs()
         self._prompts: list[Any] = []
         self._hints: dict[str, str] = {}
@@ -180,10 +182,11 @@ def build(host: Host, language: str, jobs: Jobs | None = None) -> gr.Blocks:
         language: Of its words, or a locale; English if there is no table of it.
         jobs: Where its long jobs run; None for a queue of its own.
     """
-    from lib_lora.ui import analyse, block_weights, generate, inspect, workshop
+    from lib_lora.ui import analyse, block_weights, compiling, generate, inspect, workshop
 
     page = Page(host, Texts(language_of(language)), jobs)
     with new_blocks() as blocks, gr.Column(elem_id="prefuse"):
+        page.compiling = compiling.build(page)
         with gr.Tabs(elem_id="prefuse-tabs"):
             if host.can_draw:
                 generate.build(page)

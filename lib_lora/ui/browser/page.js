@@ -3,7 +3,9 @@
 (function() {
     const COPIED_MS = 1500;
     const BAKE_TRIES = 50;
+    const LOOK_MS = 2000;
     let hints = null;
+    let wasShown = false;
 
     function readHints() {
         const data = document.getElementById("prefuse-hints");
@@ -72,6 +74,17 @@
         }
     }
 
+    // How the model runs is asked for when the page comes into sight, and again and again while it is compiled.
+    function look() {
+        const page = document.getElementById("prefuse");
+        const button = document.getElementById("prefuse-compiling-look");
+        const isShown = Boolean(button && page.offsetParent && !document.hidden);
+        if (isShown && (!wasShown || document.querySelector("#prefuse-compiling [data-live]"))) {
+            (button.tagName === "BUTTON" ? button : button.querySelector("button") || button).click();
+        }
+        wasShown = isShown;
+    }
+
     if (window.prefuseTab) return; // the page was loaded anew
     window.prefuseTab = true;
     window.prefuseBake = bake;
@@ -79,4 +92,5 @@
     document.addEventListener("focusin", showHint, true);
     document.addEventListener("keydown", onKey, true);
     document.addEventListener("click", onClick, true);
+    setInterval(look, LOOK_MS);
 })();
