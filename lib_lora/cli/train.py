@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         tell({key: [default, text] for key, default, text in TrainOptions.table()}, _table(), as_json=own["json"])
         return
     options = _read(given)
-    with _asked(options) as wishes, _shown() as progress, ExitStack() as stack:
+    with asked(options) as wishes, _shown() as progress, ExitStack() as stack:
         outcome = _train(options, wishes, progress, lambda title: stack.enter_context(bar(title)))
     if _is_first():
         tell(outcome.to_dict(), str(outcome), as_json=own["json"])
@@ -75,7 +75,7 @@ def _train(options: TrainOptions, wishes: Wishes, progress: Listener, bars: Call
 
 
 @contextmanager
-def _asked(options: TrainOptions) -> Generator[Wishes]:
+def asked(options: TrainOptions) -> Generator[Wishes]:
     """What files and Ctrl+C say: the first one ends the training and saves, the second ends it at once."""
     from lib_lora.train.control import SignalFiles, Wish
 
