@@ -1,4 +1,4 @@
-"""What a training leaves: LoRAs that load at once, tuned models in both layouts, sample pictures; and what steers it."""
+"""What a training leaves: LoRAs that load at once, tuned models in both layouts, samples; and what steers it."""
 
 from __future__ import annotations
 
