@@ -129,9 +129,9 @@ def training_metadata(
         minimum: kohya's ``--no_metadata``: what a file must say to be used, and nothing of the pictures.
         now: Local time to be written; None for the clock's.
     """
-    told: dict[str, Any] = dict(_UNUSED) | {name: facts.options.get(name) for name in _OPTIONS}
+    told = _course(facts, reached) | {name: facts.options.get(name) for name in _OPTIONS}
     told |= {name: facts.options.get(name) or None for name in _NONE_IF_ZERO}
-    told |= _course(facts, reached) | _data(facts)
+    told |= _data(facts) | dict(_UNUSED)
     texts = {f"ss_{name}": str(value) for name, value in told.items()}
     texts |= _network(network) | base_model_facts(network.family, facts.prediction)
     texts |= {"ss_sd_model_name": facts.model_name, **facts.model_hashes}
