@@ -6,10 +6,7 @@ latents are symbols in the graphs: another resolution is no other graph.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -18,11 +15,13 @@ import torch
 from lib_lora.compile.attempt import NoGraphError
 from lib_lora.compile.block import MOST_FORMS
 from lib_lora.compile.blockwise import BlockwiseHandle
+from lib_lora.compile.code_cache import CodeCache
 from lib_lora.compile.forms import tensors_in, within
 from lib_lora.errors import CompileError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from torch import Tensor, nn
     from torch.fx import GraphModule
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
     Lowering = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]
 
-CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 FROZEN = (
     "torch._inductor.config.freezing is on, and a frozen graph would ignore every change of LoRAs without a word; "
     "switch it off (TORCHINDUCTOR_FREEZING=0)"
@@ -76,9 +74,9 @@ class Inductor:
         _refuse_freezing()
         if self._options and not hasattr(torch.compiler, "cudagraph_mark_step_begin"):
             raise CompileError(f"torch {torch.__version__} is too old for CUDA graphs; compile without them.")
-        if self._cache is not None and _is_temporary(os.environ.get(CACHE_VARIABLE)):
-            os.environ[CACHE_VARIABLE] = str(self._cache)
-        return BlockwiseHandle(model, self.name, _BlockCompiler(self._lowering or self._lower, self._options))
+        cache = None if self._lowering else CodeCache(self._cache)
+        compiler = _BlockCompiler(self._lowering or self._lower, cache, copies=bool(self._options))
+        return BlockwiseHandle(model, self.name, compiler)
 
     def _lower(self, graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         from torch._inductor import config
@@ -91,9 +89,8 @@ class Inductor:
 class _BlockCompiler:
     """Compiles in the background; where a picture is drawn, graphs are only ever looked up."""
 
-    def __init__(self, lowering: Lowering, options: dict[str, Any]) -> None:
-        self._lowering = lowering
-        self._copies = bool(options)
+    def __init__(self, lowering: Lowering, cache: CodeCache | None, *, copies: bool) -> None:
+        self._lowering, self._cache, self._copies = lowering, cache, copies
         self._graphs = 0
         # torch never forgets a backend, and this must not keep the model alive
         self._compiled = WeakKeyDictionary["Variant", "dict[Surroundings, _Compiled]"]()
@@ -103,6 +100,8 @@ class _BlockCompiler:
 
         All forms that differ in shapes alone share one compiled function, which finds its graph.
         """
+        if self._cache:
+            self._cache.open()
         found = self._compiled.setdefault(block, {})
         compiled = found.setdefault(form.surroundings, _Compiled(block.eager, self._lower))
         args, kwargs = form.example()
@@ -112,11 +111,13 @@ class _BlockCompiler:
                 compiled.warm_up(args, kwargs)
         except NoGraphError:
             raise (CompileError(DISABLED) if not self._graphs else RuntimeError("torch makes no graph of it")) from None
+        if self._cache:
+            self._cache.keep()
         return _copying(compiled.run) if self._copies else compiled.run
 
     def renew(self) -> bool:
-        """."""
-        return False
+        """Compile in an empty folder from now on."""
+        return self._cache is not None and self._cache.suspect()
 
     def weights_changed(self, layers: Sequence[LayerRef]) -> None:
         """Graphs read the weights where they are written."""
@@ -194,11 +195,6 @@ def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone()
     return type(value)(map(_copy, value)) if type(value) in (list, tuple) else value
-
-
-def _is_temporary(cache: str | None) -> bool:
-    """Whether nobody chose this folder: torch writes its own choice into the variable when it is first asked."""
-    return cache is None or Path(cache).parent == Path(tempfile.gettempdir())
 
 
 def _refuse_freezing() -> None:
