@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +20,6 @@ from lib_lora.train.data.order import ALONE, Shard
 from lib_lora.train.data.prefetch import prefetched
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lib_lora.train.data.batch import Batch
 
 PIXEL_ERROR = 1e-6
@@ -217,6 +217,26 @@ def test_things_are_made_ahead_and_in_order():
     found.close()
     assert len(made) < 12
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefuse-data")]
+
+
+TASKS = Path("/proc/self/task")
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="this system does not tell the threads of a process")
+def test_threads_that_read_pictures_start_no_others(tmp_path):
+    for number in range(8):
+        saved(tmp_path / f"{number}.png", np.zeros((512, 600, 3), np.uint8))
+    usual = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        one = loader(tmp_path, resolution=(512,), train_batch_size=2, flip_aug=True, max_data_loader_n_workers=3)
+        before = len(list(TASKS.iterdir()))
+        with closing(one.batches(0, 16)) as batches:
+            for _ in range(8):
+                next(batches)
+            assert len(list(TASKS.iterdir())) - before <= 3
+    finally:
+        torch.set_num_threads(usual)
 
 
 def test_all_threads_work_at_once():

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """As `torch.stack`, of tensors on the CPU that have a dimension.
+    """As `torch.stack`, of tensors on the CPU that have a dimension, in this thread.
 
-    torch would start as many threads as there are processors, again in each thread that calls it.
+    torch would start as many threads as there are processors, again in each thread that reads pictures.
     """
     content = np.stack([tensor.contiguous().view(torch.uint8).numpy() for tensor in tensors])
     return torch.from_numpy(content).view(tensors[0].dtype)

@@ -101,5 +101,8 @@ def pixels(picture: Picture, view: View) -> Tensor:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     width, height = picture.fit.bucket
     image = image.crop((view.left, view.top, view.left + width, view.top + height))
-    channels = np.asarray(image, np.float32).transpose(2, 0, 1)
-    return torch.from_numpy(channels / np.float32(127.5) - np.float32(1))
+    # numpy computes in this thread; torch would start threads of its own in each that reads pictures
+    channels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1), np.float32)
+    channels /= np.float32(127.5)
+    channels -= np.float32(1)
+    return torch.from_numpy(channels)
