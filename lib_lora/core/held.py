@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lib_lora.core import numerics
-from lib_lora.core.memory import free_bytes, new_block
+from lib_lora.core.adapters import is_low_rank
+from lib_lora.core.memory import free_bytes
 from lib_lora.core.numerics import Term
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Held:
             if not numerics.is_finite_for_sure([whole], 0.0, out.dtype):
                 return None
             self._multiplied = None
-            numerics.fuse_layer(_nothing(product), [whole], product, workspace)
+            multiply(whole, product, workspace)
             self._multiplied = whole.adapter
         return product
 
@@ -144,9 +145,14 @@ def _have_room(patches: Sequence[LayerPatch]) -> bool:
     return free is None or 2 * sum(weight.nbytes for weight in weights) <= free
 
 
-def _nothing(like: Tensor) -> Tensor:
-    """Zeros of the shape of `like`, in float32, so that factors are not rounded before they are multiplied."""
-    return torch.zeros((), dtype=torch.float32, device=like.device).expand(like.shape)
+def multiply(term: Term, out: Tensor, workspace: Workspace) -> None:
+    """Write factor · ΔW, rounded, to `out`."""
+    if is_low_rank(term.adapter) and numerics.has_native_gemm(out.dtype, out.device.type):
+        up, down, gain = numerics.stack([term], out.dtype, out.device, workspace)
+        out.flatten(1).addmm_(up, down, beta=0, alpha=gain)
+    else:
+        nothing = torch.zeros((), dtype=torch.float32, device=out.device).expand(out.shape)
+        numerics.fuse_layer(nothing, [term], out, workspace)
 
 
 def _alike(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -156,6 +162,6 @@ def _alike(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         kind = tensor.dtype, tensor.device
         if kind not in blocks:
             total = sum(other.numel() for other in tensors if (other.dtype, other.device) == kind)
-            blocks[kind] = new_block(total, *kind)
+            blocks[kind] = torch.empty(total, dtype=tensor.dtype, device=tensor.device)
         piece, blocks[kind] = blocks[kind].tensor_split([tensor.numel()])
         yield piece.view(tensor.shape)

@@ -60,7 +60,7 @@ class Rates(NamedTuple):
     Attributes:
         gemm: Multiplications and additions, each counted.
         bandwidth: Bytes that are read or written.
-        fresh: Bytes of new memory (`memory.new_block`) that are written for the first time.
+        fresh: Bytes of new memory that are written for the first time.
         layer: Seconds to fuse or hook one.
         hook: Seconds that one hook adds to a step.
     """
@@ -72,11 +72,10 @@ class Rates(NamedTuple):
     hook: float
 
 
-CPU = Rates(gemm=170e9, bandwidth=36e9, fresh=30e9, layer=60e-6, hook=60e-6)
+CPU = Rates(gemm=170e9, bandwidth=36e9, fresh=2.5e9, layer=60e-6, hook=60e-6)
 """Two cores of an AMD EPYC, from benchmarks/results/switch-lierla-cpu-fp32.md: 1068 MB in 192 layers are copied in
-58 ms; a sum of rank 160 takes 567 ms, one of rank 32 165 ms. New memory in large pages: 134 MB took 4 ms more
-than used memory, and 50 ms in pages of 4 kB."""
-CPU_HALF = Rates(gemm=450e9, bandwidth=36e9, fresh=30e9, layer=60e-6, hook=60e-6)
+58 ms; a sum of rank 160 takes 567 ms, one of rank 32 165 ms. New memory: 256 MB took 0.1 s more than used memory."""
+CPU_HALF = Rates(gemm=450e9, bandwidth=36e9, fresh=2.5e9, layer=60e-6, hook=60e-6)
 """The same with bf16 in hardware: 534 MB in 28 ms, rank 160 in 219 ms (switch-lierla-cpu-bf16.md)."""
 GPU = Rates(gemm=50e12, bandwidth=600e9, fresh=600e9, layer=80e-6, hook=25e-6)
 """Not measured: data sheets of the smaller cards (NVIDIA A10), and about 5 µs for each call that starts a kernel. Most

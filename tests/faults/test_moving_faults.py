@@ -10,8 +10,8 @@ from torch import nn
 
 from lib_lora import LoraSession
 from lib_lora.catalog import LoraCatalog
-from lib_lora.core import numerics, patcher
-from lib_lora.core.held import HeldSums
+from lib_lora.core import held, numerics
+from lib_lora.core.held import Held, HeldSums
 from lib_lora.core.saving import save_tensors
 from lib_lora.errors import ForeignWriteError
 from tests.moving_toys import (
@@ -45,11 +45,12 @@ def take(monkeypatch):
     return lambda way: monkeypatch.setattr("lib_lora.moving.choose", lambda *_: way)
 
 
-def test_an_interrupt_in_mid_pass_gives_the_base_back_and_the_next_set_is_exact(make, take, monkeypatch):
+@pytest.mark.parametrize(("place", "name"), [(numerics, "fuse_layer"), (held, "multiply"), (Held, "fuse")])
+def test_an_interrupt_in_mid_pass_gives_the_base_back_and_the_next_set_is_exact(make, take, monkeypatch, place, name):
     take("held")
     parts, session = make()
-    base, fuse = weights(parts["unet"]), numerics.fuse_layer
-    for layer in range(1, 5):  # two sums are made, then two products and weights
+    base, act = weights(parts["unet"]), getattr(place, name)
+    for layer in range(1, 3):
         session.set(prompt())
         left = [layer]
 
@@ -57,12 +58,12 @@ def test_an_interrupt_in_mid_pass_gives_the_base_back_and_the_next_set_is_exact(
             left[0] -= 1
             if left[0] == 0:
                 raise KeyboardInterrupt
-            fuse(*arguments)
+            act(*arguments)
 
-        monkeypatch.setattr(patcher.numerics, "fuse_layer", interrupt)
+        monkeypatch.setattr(place, name, interrupt)
         with pytest.raises(KeyboardInterrupt):
             session.advance(1, STEPS)
-        monkeypatch.setattr(patcher.numerics, "fuse_layer", fuse)
+        monkeypatch.setattr(place, name, act)
         assert same(weights(parts["unet"]), base)
         assert session._patcher.held_bytes == 0
         session.set(by_hand([("move", 1.0, 0.5)]))

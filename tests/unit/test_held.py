@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 from functools import partial
 
 import pytest
 import torch
 
-from lib_lora.core import held, memory, numerics
+from lib_lora.core import held, numerics
 from lib_lora.core.adapters.full import FullAdapter
+from lib_lora.core.adapters.lora import LoraAdapter
 from lib_lora.core.held import Held
 from lib_lora.core.numerics import Term
 from lib_lora.core.workspace import Workspace
@@ -166,7 +166,7 @@ def test_products_are_kept_only_if_memory_for_them_and_the_sums_is_free(make, ta
 
 
 def with_room(weight: torch.Tensor) -> Held:
-    return Held(((), ()), weight, torch.empty_like(weight))
+    return Held(((), ()), weight, torch.full_like(weight, torch.nan))
 
 
 def test_strengths_are_not_rounded_to_the_dtype_of_the_weights():
@@ -184,19 +184,9 @@ def test_a_change_that_overflows_at_strength_1_alone_is_not_kept_as_a_product():
     assert torch.equal(out, torch.full((4, 3), 4.0).bfloat16())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [1, memory.LARGE_BYTES])
-def test_a_new_block_holds_what_is_written(dtype, size):
-    block = memory.new_block(size, dtype, torch.device("cpu"))
-    assert (block.shape, block.dtype) == ((size,), dtype)
-    assert block.fill_(1).sum(dtype=torch.float64) == size
-
-
-def test_a_system_without_memory_for_a_block_is_told_like_any_other(monkeypatch):
-    def refuse(*_, **__):
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
-
-    monkeypatch.setattr(memory.mmap, "MADV_HUGEPAGE", 14, raising=False)
-    monkeypatch.setattr(memory.mmap, "mmap", refuse)
-    with pytest.raises(MemoryError, match=r"34 MB: .*Cannot allocate memory"):
-        memory.new_block(memory.LARGE_BYTES, torch.uint8, torch.device("cpu"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_was_in_the_room_for_a_product_before_does_not_matter(dtype):
+    up, down, weight = torch.ones(6, 2), torch.ones(2, 5), torch.ones(6, 5, dtype=dtype)
+    out = torch.empty_like(weight)
+    with_room(weight).fuse([Term(LoraAdapter(up, down, 0.5), 3.0)], out, Workspace())
+    assert torch.equal(out, torch.full((6, 5), 4.0, dtype=dtype))
