@@ -30,7 +30,8 @@ def put(path: Path, caption: str | None = None, size: tuple[int, int] = (64, 64)
 
 
 def opened(folder: Path | None, **options) -> Dataset:
-    return open_dataset(DataOptions(train_data_dir=folder, resolution=(64,), bucket_reso_steps=32, **options))
+    form = {"resolution": (64,), "bucket_reso_steps": 32} | options
+    return open_dataset(DataOptions(train_data_dir=folder, **form))
 
 
 def captions(dataset: Dataset) -> dict[str, str]:
@@ -82,6 +83,15 @@ def test_captions_are_txt_and_then_caption_or_what_is_asked_for(tmp_path):
     assert list(captions(opened(tmp_path)).values()) == ["a text", "b caption"]
     assert list(captions(opened(tmp_path, caption_extension=".caption")).values()) == ["a caption", "b caption"]
     assert list(captions(opened(tmp_path, caption_extension="txt")).values()) == ["a text", "x"]
+
+
+def test_the_most_frequent_sizes_are_told(tmp_path):
+    for number in range(8):
+        put(tmp_path / f"{number + 1}_x/a.png", size=(64, 64 + 8 * number))
+    report = opened(tmp_path, resolution=(512,), bucket_reso_steps=8).report
+    sizes = "64x120 (8), 64x112 (7), 64x104 (6), 64x96 (5), 64x88 (4) and 3 more"
+    assert f"36 pictures in an epoch; sizes: {sizes}" in str(report)
+    assert len(report.to_dict()["buckets"]) == 8
 
 
 def test_an_empty_caption_is_one(tmp_path):

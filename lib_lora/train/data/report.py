@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lib_lora.train.data.buckets import Size
 
 SHOWN = 5
-"""Files named in a line."""
+"""Files and sizes that are named; of the others there is the number."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ class DataReport:
 
     def __str__(self) -> str:
         """Lines for a console or a page."""
-        sizes = ", ".join(f"{bucket.size} ({bucket.count})" for bucket in self.buckets)
+        most = sorted(self.buckets, key=lambda bucket: -bucket.count)
+        sizes = ", ".join(f"{bucket.size} ({bucket.count})" for bucket in most[:SHOWN])
+        sizes += f" and {len(most) - SHOWN} more" if len(most) > SHOWN else ""
         lines = [*map(str, self.folders), f"{self.train_images} pictures in an epoch; sizes: {sizes}"]
         lines += [f"skipped {file.name}: {file.reason}" for file in self.skipped[:SHOWN]]
         more = len(self.skipped) - SHOWN
