@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SUITES = ("steps", "switch", "schedules", "families", "merge", "resize", "extract", "files", "compile", "page")
+GPU_SUITES = ("gpu", "gpu_switch", "gpu_compile")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument("--suite", choices=SUITES, help="one of them (default: all); further options go to the suite")
+    parser.add_argument(
+        "--suite", choices=(*SUITES, *GPU_SUITES), help="one of them (default: all); further options go to the suite"
+    )
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:

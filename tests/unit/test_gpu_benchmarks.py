@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
+from lib_lora.compile.inductor import Inductor
 from lib_lora.core.gpu import grouped
 
 pytestmark = pytest.mark.newest
@@ -42,3 +45,19 @@ def test_a_way_that_computes_something_else_ends_the_benchmark(gpu_switch, monke
 def test_without_a_gpu_a_sentence_says_so(gpu_switch, capsys):
     assert gpu_switch.main([]) == 2
     assert capsys.readouterr().err == "Nothing was measured: torch finds no CUDA device here.\n"
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_compared_with_eager_ones_and_timed(monkeypatch, capsys):
+    from benchmarks import compile as compiled
+    from benchmarks import gpu_compile
+
+    quick = partial(Inductor, lowering=lambda graph, inputs: graph.forward)  # code is not made, only graphs
+    monkeypatch.setattr(compiled, "Inductor", quick)
+    monkeypatch.setattr(gpu_compile, "Inductor", quick)
+    monkeypatch.setattr(compiled, "SWITCHES", 3)
+    assert gpu_compile.main(["--device", "cpu", "--tiny", "--dtype", "fp32", "--repeats", "0.05"]) == 0
+    told = capsys.readouterr().out
+    for part in ("3 switches between no LoRA and 7", "two pictures at a time", "one picture with a ControlNet"):
+        assert f"### {part}" in told or f"### Steps: {part}" in told
+    assert "ok   one picture with a ControlNet: difference to eager" in told
