@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
-import random
 import struct
 import sys
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -20,9 +17,9 @@ from lib_lora.core.pickle_reader import read_pickle
 from lib_lora.core.pickles import convert_pickle
 from lib_lora.core.saving import save_tensors
 from lib_lora.errors import FileError, ForeignFileError, OutputError, PickleRefusedError
+from tests.pickle_files import ORDERED_DICT, call, legacy, same_bits, table, tensor, tensors_of, write_zip
 
 SMALL_MEMORY = 300_000_000
-ORDERED_DICT = b"ccollections\nOrderedDict\n"
 
 
 # Honest files
@@ -56,18 +53,6 @@ def honest() -> dict[str, tuple[object, dict]]:
         "legacy state_dict": ({"state_dict": {"a": torch.nn.Parameter(torch.randn(2))}, "step": 1}, legacy),
         "protocol 4": ({"a": torch.randn(3)}, {"pickle_protocol": 4}),
     }
-
-
-def tensors_of(saved: object) -> dict[str, torch.Tensor]:
-    table = saved.get("state_dict", saved)
-    return {name: tensor.detach() for name, tensor in table.items() if isinstance(tensor, torch.Tensor)}
-
-
-def same_bits(ours: dict, theirs: dict) -> bool:
-    def flat(tensor: torch.Tensor):
-        return tensor.dtype, tensor.shape, tensor.contiguous().clone().reshape(-1).view(torch.uint8).tolist()
-
-    return {name: flat(ours[name]) for name in ours} == {name: flat(theirs[name]) for name in theirs}
 
 
 @pytest.mark.parametrize("case", honest())
@@ -111,37 +96,6 @@ def test_what_is_no_pickle_is_not_converted(tmp_path):
 
 
 # Bombs. The pickles are written by hand, opcode by opcode.
-
-
-def tensor(
-    offset=0, size="(I2\nt", stride="(I1\nt", key="0", numel="I2\n", kind="torch\nFloatStorage", rest=""
-) -> bytes:
-    storage = f"(Vstorage\nc{kind}\nV{key}\nVcpu\n{numel}tQ"
-    return f"ctorch._utils\n_rebuild_tensor_v2\n({storage}I{offset}\n{size}{stride}I00\nN{rest}tR".encode()
-
-
-def table(entries: dict[str, bytes]) -> bytes:
-    return b"\x80\x02(" + b"".join(f"V{key}\n".encode() + value for key, value in entries.items()) + b"d."
-
-
-def call(module: str, name: str, *arguments: str) -> bytes:
-    texts = "".join(f"V{argument}\n" for argument in arguments)
-    return f"c{module}\n{name}\n({texts}tR".encode()
-
-
-def write_zip(path: Path, root: bytes, members=(), *, folder="archive/", storage=True, options=None) -> None:
-    with zipfile.ZipFile(path, "w", **(options or {})) as archive:
-        archive.writestr(f"{folder}data.pkl", root)
-        if storage:
-            archive.writestr(f"{folder}data/0", struct.pack("<2f", 1, 2))
-        for name, content in members:
-            archive.writestr(name, content)
-
-
-def legacy(root: bytes, keys: object = ("0",), storages: bytes = struct.pack("<q2f", 2, 1, 2), system=None) -> bytes:
-    system = {"little_endian": True} if system is None else system
-    start = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, system)]
-    return b"".join(start) + root + pickle.dumps(list(keys), 2) + storages
 
 
 CANARY = "the canary"
@@ -255,117 +209,6 @@ def test_a_pickle_without_a_table_of_tensors_is_refused(tmp_path, root):
     write_zip(tmp_path / "a.pt", root)
     with pytest.raises(PickleRefusedError, match="holds no table of tensors"):
         read_pickle(tmp_path / "a.pt")
-
-
-# Archives that torch would not write
-
-SOUND = table({"a": tensor()})
-
-
-def patched(path: Path, *changes: tuple[bytes, bytes]) -> None:
-    content = path.read_bytes()
-    for old, new in changes:
-        assert old in content
-        content = content.replace(old, new)
-    path.write_bytes(content)
-
-
-def bad_archives() -> dict[str, dict]:
-    up, absolute, windows = ("archive/../../evil", b"x"), ("/etc/evil", b"x"), ("archive\\..\\evil", b"x")
-    return {
-        "zip slip upwards": {"members": [up]},
-        "absolute name": {"members": [absolute]},
-        "name with a backslash": {"members": [windows]},
-        "name with a drive": {"members": [("archive/C:evil", b"x")]},
-        "name beside the folder": {"members": [("other/file", b"x")]},
-        "two pickles": {"members": [("archive/other/data.pkl", SOUND)]},
-        "two pickles of one name": {"members": [("archive/data.pkl", SOUND)]},
-        "two storages of one name": {"members": [("archive/data/0", bytes(8))]},
-        "no storage": {"storage": False},
-        "compressed": {"options": {"compression": zipfile.ZIP_DEFLATED}},
-        "compressed otherwise": {"options": {"compression": zipfile.ZIP_LZMA}},
-        "big-endian": {"members": [("archive/byteorder", b"big")]},
-    }
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize("fault", bad_archives())
-def test_an_archive_that_torch_would_not_write_is_refused(tmp_path, fault):
-    write_zip(tmp_path / "a.pt", SOUND, **bad_archives()[fault])
-    with pytest.raises(PickleRefusedError, match=r"^a\.pt is refused: "):
-        read_pickle(tmp_path / "a.pt")
-    assert [file.name for file in tmp_path.rglob("*")] == ["a.pt"]
-
-
-LOCAL, CENTRAL = b"PK\x03\x04\x14\x00", b"PK\x01\x02\x14\x03\x14\x00"
-ARCHIVE_EDITS = {
-    "encrypted": [(LOCAL + b"\0\0", LOCAL + b"\1\0"), (CENTRAL + b"\0\0", CENTRAL + b"\1\0")],
-    "strongly encrypted": [(LOCAL + b"\0\0", LOCAL + b"\x40\0"), (CENTRAL + b"\0\0", CENTRAL + b"\x40\0")],
-    "flags that differ": [(LOCAL + b"\0\0", LOCAL + b"\1\0")],
-    "methods that differ": [(LOCAL + b"\0\0\0\0", LOCAL + b"\0\0\x08\0")],
-    "checksum of a storage": [(struct.pack("<2f", 1, 2), struct.pack("<2f", 1, 3))],
-    "checksum of the pickle": [(b"Vcpu", b"Vgpu")],
-}
-
-
-@pytest.mark.parametrize("fault", ARCHIVE_EDITS)
-def test_an_archive_that_contradicts_itself_is_refused(tmp_path, fault):
-    path = tmp_path / "a.pt"
-    write_zip(path, SOUND)
-    patched(path, *ARCHIVE_EDITS[fault])
-    with pytest.raises((PickleRefusedError, NotImplementedError, RuntimeError)):
-        read_pickle(path)
-
-
-def test_a_member_with_two_names_is_refused(tmp_path):
-    path = tmp_path / "a.pt"
-    write_zip(path, SOUND)
-    path.write_bytes(path.read_bytes().replace(b"archive/data/0", b"archive/data/1", 1))
-    with pytest.raises(PickleRefusedError, match="contradicts itself"):
-        read_pickle(path)
-
-
-def test_members_that_overlap_are_refused(tmp_path):
-    path = tmp_path / "a.pt"
-    write_zip(path, SOUND)
-    size = struct.pack("<II", 8, 8)
-    content = path.read_bytes()
-    central = content.rindex(size)
-    path.write_bytes(content[:central] + struct.pack("<II", 80, 80) + content[central + 8 :])
-    with pytest.raises(PickleRefusedError):
-        read_pickle(path)
-
-
-@pytest.mark.parametrize("keys", [(), ("1",), (1,), ("0", "0")])
-def test_an_old_file_whose_storages_do_not_follow_is_refused(tmp_path, keys):
-    (tmp_path / "a.pt").write_bytes(legacy(table({"a": tensor(numel="I2\nN")}), keys))
-    with pytest.raises(PickleRefusedError):
-        read_pickle(tmp_path / "a.pt")
-
-
-@pytest.mark.parametrize("system", [{}, {"little_endian": False}, []])
-def test_an_old_file_of_another_byte_order_is_refused(tmp_path, system):
-    (tmp_path / "a.pt").write_bytes(legacy(SOUND, system=system))
-    with pytest.raises(PickleRefusedError, match="big-endian"):
-        read_pickle(tmp_path / "a.pt")
-
-
-def test_a_cut_or_changed_file_never_gives_other_tensors(tmp_path):
-    rng, path = random.Random(0), tmp_path / "a.pt"
-    buffer, saved = io.BytesIO(), {"a": torch.arange(50.0), "b": torch.ones(3).half()}
-    torch.save(saved, buffer)
-    good, read = buffer.getvalue(), 0
-    for _ in range(60):
-        data = bytearray(good)
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        path.write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
-        try:
-            tensors = read_pickle(path)
-        except Exception:  # noqa: BLE001, S112 -- the process around it ends with any
-            continue
-        read += 1
-        assert same_bits(tensors, saved)
-    assert read < 60
 
 
 # The process with limits
