@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from lib_lora.compile.choose import OFF
 from lib_lora.ui.versions import listen
 
 if TYPE_CHECKING:
@@ -17,29 +18,20 @@ if TYPE_CHECKING:
 SEPARATOR = " · "
 
 
-def build(page: Page) -> tuple[Any, Any]:
-    """Put the line on the page that is being made, and a button behind the scenes that fills it.
-
-    Returns:
-        The line, and what it was told last: what else writes it writes both.
-    """
-    line, known = gr.HTML(elem_id="prefuse-compiling"), gr.State("")
+def build(page: Page) -> Any:
+    """Put the line on the page that is being made, and a button behind the scenes that fills it."""
+    line = gr.HTML(elem_id="prefuse-compiling")
     look = page.add(gr.Button, "compiling.look")
-
-    def tell(before: str) -> tuple[Any, str]:
-        now = told(page)
-        return gr.update() if now == before else now, now
-
-    listen(look.click, tell, [known], [line, known], quick=True)
-    return line, known
+    listen(look.click, lambda: told(page), (), [line], quick=True)
+    return line
 
 
 def told(page: Page) -> str:
-    """The line as it is now: nothing where nothing is compiled, nor was to be."""
-    status = page.host.compile_status()
-    words = compile_words(page.texts, status)
-    live = " data-live" if status.blocks else ""
-    return f'<div class="prefuse-note" role="status"{live}>{escape(words)}</div>' if words else ""
+    """The line as it is now, empty where nothing is compiled, nor was to be; marked where it may change by itself."""
+    words = compile_words(page.texts, page.host.compile_status())
+    live = " data-live" if page.host.compiler() != OFF else ""
+    note = f'<div class="prefuse-note" role="status">{escape(words)}</div>' if words else ""
+    return f"<div{live}>{note}</div>"
 
 
 def compile_words(texts: Texts, status: CompileStatus) -> str:

@@ -106,12 +106,13 @@ def _model(page: Page, tab: Any) -> None:
             ended = state.phase not in ("waiting", "running")
             yield job_status(page.texts, state), gr.update(value=page.host.model()) if ended else gr.update()
 
-    def compile_with(name: str) -> Iterator[tuple[str, ...]]:
+    def compile_with(name: str) -> Iterator[str]:
         for state in slot.run(lambda _: page.host.use_compiler(name)):
-            yield job_status(page.texts, state), *[told(page)] * 2
+            yield job_status(page.texts, state)
 
     listen(model.input, load, [model], [status, model])
-    listen(compiler.input, compile_with, [compiler], [status, *page.compiling])
+    chosen = listen(compiler.input, compile_with, [compiler], [status])
+    listen(chosen.then, lambda: told(page), (), [page.compiling], quick=True)
     listen(tab.select, page.host.model, (), [model])
 
 

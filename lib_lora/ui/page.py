@@ -35,13 +35,13 @@ class Page:
     Attributes:
         host: The program around the page.
         texts: Words of its language.
-        compiling: The line that says how the model runs, as of `compiling.build`.
+        compiling: The line that says how the model runs.
     """
 
     def __init__(self, host: Host, texts: Texts, jobs: Jobs | None = None) -> None:
         self.host = host
         self.texts = texts
-        self.compiling: tuple[Any, ...] = ()
+        self.compiling: Any = None
         self._jobs = jobs or Jobs()
         self._prompts: list[Any] = []
         self._hints: dict[str, str] = {}
