@@ -52,6 +52,7 @@ class Objective(nn.Module):
         self.text_encoders = nn.ModuleList(text_encoders)
         self.network = network
         self.schedule = schedule
+        self._dtype: torch.dtype = self.unet.dtype  # diffusers looks through all parameters for it
         self._trains_text, self._clip_skip, self._gamma = trains_text, clip_skip, min_snr_gamma
 
     def forward(
@@ -77,7 +78,7 @@ class Objective(nn.Module):
         if self.text_encoders:
             with torch.set_grad_enabled(self._trains_text and torch.is_grad_enabled()):
                 texts = tokens_to_states(list(self.text_encoders), texts, self._clip_skip)
-        states, dtype = texts["states"], self.unet.dtype
+        states, dtype = texts["states"], self._dtype
         added = {"text_embeds": texts["pooled"].to(dtype), "time_ids": sizes} if "pooled" in texts else None
         noisy = self.schedule.add_noise(latents, noise, times).to(dtype)
         predicted = self.unet(noisy, times, states.to(dtype), added_cond_kwargs=added, return_dict=False)[0]

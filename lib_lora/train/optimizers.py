@@ -41,9 +41,19 @@ def make_optimizer(groups: Sequence[Mapping[str, Any]], options: OptimizerOption
     if unknown:
         raise JobError(f"{options.optimizer_type} has no setting {min(unknown)}; see optimizer_args")
     try:
-        return kind([dict(group) for group in groups], lr=options.learning_rate, **settings)
+        return _made(kind, groups, {"lr": options.learning_rate, **settings})
     except (TypeError, ValueError) as error:
         raise JobError(f"{options.optimizer_type} refuses its settings: {error}; see optimizer_args") from error
+
+
+def _made(kind: Any, groups: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Optimizer:
+    """In one kernel for all parameters, where torch has one for this optimizer and device."""
+    if "fused" in inspect.signature(kind).parameters and not {"fused", "foreach"} & set(settings):
+        try:
+            return kind([dict(group) for group in groups], **settings, fused=True)
+        except RuntimeError:  # what torch says where it has none
+            pass
+    return kind([dict(group) for group in groups], **settings)
 
 
 def read_settings(texts: Sequence[str]) -> dict[str, Any]:
