@@ -242,7 +242,7 @@ def test_doctor_names_versions_devices_and_what_to_do(capsys):
     found = {finding["topic"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
     assert torch.__version__.startswith(found["torch"]["value"])
     assert "speed of fp32" in found["CPU bf16"]["value"]
-    assert {"device cpu", "diffusers", "CLIP vocabulary", "compile backends", "torch_tensorrt"} <= found.keys()
+    assert {"device cpu", "diffusers", "CLIP vocabulary", "inductor on cpu", "tensorrt"} <= found.keys()
 
 
 def test_bench_hands_its_options_to_the_suite(monkeypatch):

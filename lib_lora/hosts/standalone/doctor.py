@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
-import shutil
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +12,7 @@ import psutil
 import torch
 
 from lib_lora import __version__
+from lib_lora.compile.requirements import find_compiler, missing_for_inductor
 from lib_lora.compile.tensorrt_package import installed_version, why_unusable
 from lib_lora.hosts.standalone.vocabulary import find_vocabulary
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PACKAGES = ("torch", "safetensors", "diffusers", "transformers", "accelerate", "numpy", "pillow")
-COMPILERS = ("g++", "c++", "clang++", "cl")
 MATRIX = 512
 REPEATS = 3
 SLOW = 0.8
@@ -41,8 +40,8 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """Look at versions, devices, number formats, compilers and data files; takes a few seconds."""
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _devices, _formats, _compilers, _vocabulary)
+    """Look at versions, devices, number formats, ways to compile and data files; takes a few seconds."""
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _devices, _formats, _backends, _vocabulary)
     return [finding for check in checks for finding in check()]
 
 
@@ -93,14 +92,16 @@ def _product_seconds(dtype: torch.dtype) -> float:
     return min(times)
 
 
-def _compilers() -> Iterator[Finding]:
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    needs = "" if compiler else "torch.compile on a CPU needs a C++ compiler: g++, clang or Visual Studio's cl"
-    yield Finding("C++ compiler", compiler or "none found", needs)
+def _backends() -> Iterator[Finding]:
+    """What can be given to ``--compile`` here."""
+    compiler = find_compiler()
+    yield Finding("C++ compiler", compiler or "none found", "" if compiler else "merges and pictures do not need one")
     if torch.cuda.is_available():
-        yield _import_finding("triton", "torch.compile on a GPU needs triton, which comes with torch on Linux")
+        yield _import_finding("triton", "pip install triton; torch.compile on a GPU needs it")
+    for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
+        missing = missing_for_inductor(device)
+        yield Finding(f"inductor on {device}", "not usable" if missing else "usable", " ".join(missing))
     yield _tensorrt()
-    yield Finding("compile backends", ", ".join(torch.compiler.list_backends()))
 
 
 def _import_finding(module: str, advice: str) -> Finding:
@@ -114,10 +115,11 @@ def _import_finding(module: str, advice: str) -> Finding:
 
 
 def _tensorrt() -> Finding:
-    """Whether blocks can be compiled to engines; without a GPU the package is not imported, for that only fails."""
-    version = installed_version() or "not installed"
+    """Without a GPU the package is not imported, for that only fails."""
     problem = why_unusable()
-    return Finding("torch_tensorrt", f"{version}, not usable" if problem else version, problem)
+    version = installed_version()
+    with_version = f" (torch_tensorrt {version})" if version else ""
+    return Finding("tensorrt", f"{'not usable' if problem else 'usable'}{with_version}", problem)
 
 
 def _vocabulary() -> Iterator[Finding]:
