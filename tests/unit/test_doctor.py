@@ -58,11 +58,14 @@ def test_a_gpu_needs_triton_and_a_c_compiler(bare, monkeypatch):
     assert "There is no C compiler, which triton needs" in text
 
 
-def test_a_torch_that_freezes_weights_is_told(bare, monkeypatch):
+def test_a_torch_that_freezes_weights_is_told(bare):
     from torch._inductor import config
 
-    monkeypatch.setattr(config, "freezing", True)
-    assert any("TORCHINDUCTOR_FREEZING=0" in sentence for sentence in missing_for_inductor("cpu"))
+    before, config.freezing = config.freezing, True
+    try:
+        assert any("TORCHINDUCTOR_FREEZING=0" in sentence for sentence in missing_for_inductor("cpu"))
+    finally:
+        config.freezing = before
 
 
 def test_a_compiler_that_the_environment_names_goes_before(monkeypatch, tmp_path):
