@@ -1,8 +1,7 @@
-"""Models from folders and single files, without a network."""
+"""Models from single files, without a network."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import pickle
@@ -13,31 +12,20 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
-from tiny_pipelines import CLIP_PREFIXES, make_tiny, write_folder, write_tokenizer
+from tiny_pipelines import CLIP_PREFIXES, make_tiny, write_tokenizer
 
-import lib_lora.hosts.standalone.vocabulary as vocabulary_module
 from lib_lora.core.single_file import CONFIGS, FAMILIES, recognise
 from lib_lora.core.text_towers import tower_tensors
 from lib_lora.errors import ModelError, PrefuseError
 from lib_lora.hosts.standalone.checkpoints import load_single_file, probe_v_prediction
 from lib_lora.hosts.standalone.libraries import transformers_class
 from lib_lora.hosts.standalone.loading import load_pipeline
-from lib_lora.hosts.standalone.vocabulary import (
-    MERGES,
-    byte_symbols,
-    clip_tokenizer,
-    find_vocabulary,
-    read_merges,
-    vocabulary,
-)
 
 pytestmark = [pytest.mark.newest, pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")]
 
 GOLDEN = Path(__file__).parents[1] / "golden/sd1"
 FLOAT_TOLERANCE = 1e-5
 SAME_WEIGHTS_TOLERANCE = 1e-6
-# Ids that OpenAI's tokenizer gives; 49406 and 49407 are start and end of text.
-CAT_IDS = [49406, 320, 1125, 539, 320, 2368, 49407]
 # Numbers of parameters of the published models.
 PARAMETERS = {
     ("sd1", "unet"): 859_520_964,
@@ -303,130 +291,7 @@ def test_a_ckpt_with_code_is_refused_and_the_code_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
-    return write_folder(tiny["sd1"][0], tmp_path_factory.mktemp("saved") / "my-model")
-
-
-def test_a_diffusers_folder_loads_with_its_name_and_its_files(tiny, folder):
-    loaded = load_pipeline(folder, "cpu")
-    for ours, theirs in zip(loaded.pipe.unet.parameters(), tiny["sd1"][0].parts["unet"].parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=SAME_WEIGHTS_TOLERANCE, rtol=0)
-    assert loaded.name == "my-model"
-    assert [file.parent.name for file in loaded.files] == ["unet", "text_encoder"]
-    assert loaded.size == 64
-
-
 def test_the_models_hash_is_the_webuis(tiny, tokenizer):
     model, file = tiny["sd1"]
     loaded = load_pipeline(file, "cpu", tokenizer=tokenizer, config=model.config)
     assert loaded.short_hash == hashlib.sha256(file.read_bytes()).hexdigest()[:10]
-
-
-def test_a_folder_with_half_precision_files_only_is_found(folder, tmp_path):
-    half = shutil.copytree(folder, tmp_path / "half")
-    for file in half.glob("*/*.safetensors"):
-        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
-    assert all(".fp16." in file.name for file in load_pipeline(half, "cpu").files)
-
-
-def test_a_folder_with_pickles_only_is_refused(folder, tmp_path):
-    old = shutil.copytree(folder, tmp_path / "old")
-    for file in old.glob("unet/*.safetensors"):
-        torch.save({}, file.with_suffix(".bin"))
-        file.unlink()
-    with pytest.raises(ModelError, match="can not be loaded"):
-        load_pipeline(old, "cpu")
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"_class_name": "FluxPipeline"}, "FluxPipeline"),
-        ({"unet": ["my_code", "Unet"]}, "unet with code of its own"),
-        ({"_class_name": ["StableDiffusionPipeline"]}, "can not be read"),
-    ],
-)
-def test_a_folder_that_asks_for_other_code_is_refused(folder, tmp_path, change, said):
-    other = shutil.copytree(folder, tmp_path / "other")
-    index = json.loads((other / "model_index.json").read_text())
-    (other / "model_index.json").write_text(json.dumps(index | change))
-    with pytest.raises(ModelError, match=said):
-        load_pipeline(other, "cpu")
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
-def test_a_damaged_index_is_refused(folder, tmp_path, text):
-    other = shutil.copytree(folder, tmp_path / "other")
-    (other / "model_index.json").write_text(text)
-    with pytest.raises(ModelError):
-        load_pipeline(other, "cpu")
-
-
-def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"no model_index\.json"):
-        load_pipeline(tmp_path, "cpu")
-
-
-def test_a_path_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="There is no model"):
-        load_pipeline(tmp_path / "nothing", "cpu")
-
-
-def test_a_device_that_is_not_there_is_refused(folder):
-    with pytest.raises(ModelError, match="device"):
-        load_pipeline(folder, "cuda:99")
-
-
-def test_an_unknown_dtype_is_refused(folder):
-    with pytest.raises(ModelError, match="fp8"):
-        load_pipeline(folder, "cpu", "fp8")
-
-
-def test_the_installed_vocabulary_gives_openais_ids():
-    tokenizer = clip_tokenizer(None, "<|endoftext|>")
-    assert tokenizer("a photo of a cat")["input_ids"] == CAT_IDS
-    assert len(tokenizer) == 49408
-    assert tokenizer.model_max_length == 77
-
-
-def test_the_second_encoder_of_sdxl_pads_with_zero():
-    padded = clip_tokenizer(None, "!")("a photo of a cat", padding="max_length")["input_ids"]
-    assert padded == [*CAT_IDS, *[0] * (77 - len(CAT_IDS))]
-
-
-def test_the_vocabulary_has_bytes_merges_and_two_marks():
-    tokens = vocabulary(read_merges(find_vocabulary()))
-    assert len(tokens) == 49408
-    assert (tokens["!"], tokens["!</w>"], tokens["<|startoftext|>"], tokens["<|endoftext|>"]) == (0, 256, 49406, 49407)
-
-
-def test_every_byte_has_a_symbol_of_its_own():
-    assert len(set(byte_symbols())) == 256
-    assert all(symbol.isprintable() and symbol != " " for symbol in byte_symbols())
-
-
-def test_without_a_vocabulary_the_message_says_what_to_give(monkeypatch):
-    monkeypatch.setattr(vocabulary_module, "PACKAGES", ("no_such_package",))
-    with pytest.raises(ModelError, match="--tokenizer"):
-        clip_tokenizer(None, "!")
-
-
-@pytest.mark.parametrize("lines", [["#version", "a b"], ["#version", *["three symbols here"] * MERGES]])
-def test_another_gzip_file_is_no_vocabulary(tmp_path, lines):
-    path = tmp_path / "vocabulary.txt.gz"
-    path.write_bytes(gzip.compress("\n".join(lines).encode()))
-    with pytest.raises(ModelError, match="not CLIP's vocabulary"):
-        read_merges(path)
-
-
-def test_a_file_that_is_no_gzip_is_no_vocabulary(tmp_path):
-    path = tmp_path / "vocabulary.txt.gz"
-    path.write_text("text")
-    with pytest.raises(ModelError, match="can not be read"):
-        read_merges(path)
-
-
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="no CLIP tokenizer"):
-        clip_tokenizer(tmp_path, "!")
