@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib_lora.compile.attempt import Failure, attempt
-from lib_lora.compile.forms import call_form
+from lib_lora.compile.forms import call_form, copied
 from lib_lora.compile.judge import disagreement, is_finite
 from lib_lora.compile.variants import Variant
 
@@ -94,10 +94,10 @@ class Block:
             return self.eager(*args, **kwargs)
         if compiled := self.variant.trusted.get(form):
             return self._run(form, compiled, args, kwargs)
-        expected = self.eager(*args, **kwargs)
         if form in self.variant.built:
-            self._compare(form, expected, args, kwargs)
-        elif form not in self.variant.asked and len(self.variant.asked) < MOST_FORMS:
+            return self._compare(form, args, kwargs)
+        expected = self.eager(*args, **kwargs)
+        if form not in self.variant.asked and len(self.variant.asked) < MOST_FORMS:
             self.variant.asked.add(form)
             self._ask(self, self.variant, form)
         return expected
@@ -133,17 +133,19 @@ class Block:
             return self.eager(*args, **kwargs)
         return result
 
-    def _compare(self, form: CallForm, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        compiled = self.variant.built[form]
-        got = attempt(lambda: compiled(*args, **kwargs))
+    def _compare(self, form: CallForm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        compiled, (again, named_again) = self.variant.built[form], copied((args, kwargs))
+        expected = self.eager(*args, **kwargs)  # which may write into its arguments
+        got = attempt(lambda: compiled(*again, **named_again))
         if isinstance(got, Failure):
             self._take_back(form, got)
         elif not is_finite(expected):
-            return  # no reference; the next call may be one
+            return expected  # no reference; the next call may be one
         elif problem := disagreement(expected, got):
             self._fail(self, Failure(f"it computes something else: {problem}"))
         else:
             self.variant.trusted[form] = self.variant.built.pop(form)
+        return expected
 
     def _take_back(self, form: CallForm, failure: Failure) -> None:
         """What was compiled does not serve this call: it is asked for again, if there was just no graph for it."""

@@ -132,6 +132,17 @@ def _zeros(form: TensorForm) -> Tensor:
     return zeros.new_zeros(extent).as_strided(form.shape, form.strides)
 
 
+def copied(value: Any) -> Any:
+    """Arguments of the same form with memory of their own, but for views that a copy would not be."""
+    if isinstance(value, Tensor):
+        copy = value.clone()
+        return copy if copy.stride() == value.stride() else value
+    if type(value) is dict:
+        items = cast("dict[object, object]", value)
+        return {name: copied(item) for name, item in items.items()}
+    return type(value)(map(copied, cast("list[object]", value))) if type(value) in (list, tuple) else value
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors of a value, in its lists, tuples and dictionaries too."""
     if isinstance(value, Tensor):

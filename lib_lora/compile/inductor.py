@@ -132,7 +132,8 @@ class _Compiled:
     """A function with a code object of its own, and the graphs of it.
 
     torch keeps compiled graphs at the code object, which all blocks of a class share: each call would try the guards
-    of all of them, and after eight (its limit) the rest would stay eager.
+    of all of them, and after eight (its limit) the rest would stay eager. By the name of the code it keeps which
+    sizes have differed, which it makes symbols then.
     """
 
     def __init__(self, forward: Callable[..., Any], lower: Lowering) -> None:
@@ -147,7 +148,7 @@ class _Compiled:
                 raise NoGraphError("torch.compile has no graph for it")
             return _forward(*args, **kwargs)
 
-        call.__code__ = call.__code__.replace()
+        call.__code__ = call.__code__.replace(co_name=f"call_{id(self)}")
         self._compile = cast("Any", torch).compile(call, backend=lower)
         self._run = dynamo.run(call)
         weakref.finalize(self, cast("Any", eval_frame).reset_code, call.__code__)
