@@ -151,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("set WEBUI_ROOT to the folder of a WebUI v1.10.1, WEBUI_PYTHON to its interpreter")
     python = os.environ.get("WEBUI_PYTHON", sys.executable)
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-    report = Report("webui", _options(given), "fp32", versions=_versions(python), file=_stem(given.channels))
+    options = options_of("webui", given.channels, given.out)
+    report = Report("webui", options, "fp32", versions=versions_of(python), file=_stem(given.channels))
     with tempfile.TemporaryDirectory(prefix="prefuse-bench-") as folder:
         make_models(Path(folder), channels=given.channels)
         webui = WebUI(Path(os.environ["WEBUI_ROOT"]), python, Path(folder))
@@ -246,13 +247,15 @@ def _stem(channels: int) -> str:
     return "webui" if channels == CHANNELS else f"webui-{channels}"
 
 
-def _options(given: argparse.Namespace) -> Options:
-    shape = f"SD1's structure at {given.channels} channels"
-    typed = " ".join(["python -m benchmarks.webui", *sys.argv[1:]])
-    return Options(torch.device("cpu"), ("fp32",), (), shape, 1.0, given.out, "webui", typed)
+def options_of(suite: str, channels: int, out: Path) -> Options:
+    """What is measured with models of so many channels."""
+    shape = f"SD1's structure at {channels} channels"
+    typed = " ".join([f"python -m benchmarks.{suite}", *sys.argv[1:]])
+    return Options(torch.device("cpu"), ("fp32",), (), shape, 1.0, out, suite, typed)
 
 
-def _versions(python: str) -> dict[str, str]:
+def versions_of(python: str) -> dict[str, str]:
+    """Of the WebUI and the packages of its interpreter."""
     code = (
         "import json, platform; from importlib.metadata import version; "
         f"print(json.dumps({{'python': platform.python_version()}} | {{n: version(n) for n in {PACKAGES!r}}}))"

@@ -78,6 +78,8 @@ class WebUI:
             "scripts",
             "errors",
             "patches",
+            "devices",
+            "sd_hijack",
         )
         self.modules = SimpleNamespace(**{name: importlib.import_module(f"modules.{name}") for name in names})
         importlib.import_module("modules.cache").cache_dir = str(cache_dir)

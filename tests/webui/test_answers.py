@@ -130,6 +130,7 @@ def test_settings_have_their_names_and_defaults(webui):
         "prefuse_mode": "auto",
         "prefuse_compat": "exact",
         "prefuse_base_store": "auto",
+        "prefuse_compile": "off",
         "prefuse_cache_mb": 1024,
         "prefuse_language": "auto",
     }

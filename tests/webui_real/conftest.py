@@ -32,6 +32,7 @@ DEFAULTS = {
     "sd_lora": "None",
     "sd_vae": "Automatic",
     "fp8_storage": "Disable",
+    "prefuse_compile": "off",
 }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
-from modules import devices, shared
+from modules import devices, sd_models, shared
 
 from lib_lora.errors import ForeignWriteError, PrefuseError
 from lib_lora.hosts.guard import attempt, logger, sentence
@@ -25,6 +25,8 @@ from lib_lora.report import RefusedLora, SessionReport
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from lib_lora.compile.protocol import CompileStatus
+    from lib_lora.hosts.webui.compiled import CompiledUnets
     from lib_lora.hosts.webui.model import Sessions
     from lib_lora.hosts.webui.settings import Settings
     from lib_lora.hosts.webui.takeover import TakeOver
@@ -36,11 +38,13 @@ class ActiveLoras:
 
     Attributes:
         sessions: The models' sessions.
+        compiled: The models' compiled parts.
         report: What the last change did.
     """
 
-    def __init__(self, sessions: Sessions, takeover: TakeOver) -> None:
+    def __init__(self, sessions: Sessions, compiled: CompiledUnets, takeover: TakeOver) -> None:
         self.sessions = sessions
+        self.compiled = compiled
         self.report = SessionReport()
         self._takeover = takeover
         self._embeddings = BundledEmbeddings()
@@ -74,6 +78,7 @@ class ActiveLoras:
             step: Counted from 0.
             steps: How many the pass has.
         """
+        self.compiled.watch(self._applied_to[0]())
         session = self._applied_to[1]()
         if session is None or not any(lora.schedule for lora in self.report.applied):
             return
@@ -90,6 +95,17 @@ class ActiveLoras:
             self._tell(p)
         if self.report.refused != before.refused or self.report.applied != before.applied:
             write_status(p, self.report, "hires" if getattr(p, "is_hr_pass", False) else "first")
+
+    @property
+    def compile_status(self) -> CompileStatus:
+        """How the model that is loaded runs."""
+        return self.compiled.status(sd_models.model_data.sd_model)
+
+    def compile_as_set(self) -> None:
+        """The setting was changed."""
+        sd_model = sd_models.model_data.sd_model
+        if sd_model is not None and self._takeover.in_charge:
+            self.compiled.use(sd_model, read_settings().compiler)
 
     def cond_state(self, p: Any) -> tuple[Any, ...]:
         """What the text encoder is made of, right before it encodes the prompts of `p`.
@@ -113,6 +129,7 @@ class ActiveLoras:
         """Base weights back in every model, memory free."""
         self._embeddings.show(())
         self._takeover.show(())
+        self.compiled.release_all()
         self.sessions.release_all()
         self._request, self._applied_to = None, (_nothing, _nothing)
         self.report = SessionReport()
@@ -120,6 +137,7 @@ class ActiveLoras:
     def model_loaded(self, sd_model: Any) -> None:
         """Other weights may be in the model now."""
         self.sessions.weights_loaded(sd_model)
+        self.compiled.forget_others(sd_model)
         self._request = None
 
     def _is_applied(self, parsed: ParsedPrompt) -> bool:
@@ -133,6 +151,7 @@ class ActiveLoras:
     def _apply(self, parsed: ParsedPrompt, settings: Settings) -> None:
         sd_model = shared.sd_model
         self.sessions.rest(sd_model)
+        attempt("compiling the model", lambda: self.compiled.use(sd_model, settings.compiler))
         session = self.sessions.known(sd_model)
         if session is None and not parsed.requests:
             self.report = SessionReport(refused=tuple(map(_refused, parsed.problems)))
@@ -140,6 +159,8 @@ class ActiveLoras:
             with ExitStack() as without_autocast:
                 _leave_autocast(without_autocast)
                 session, self.report = self._set(sd_model, parsed, settings)
+        if reason := self.compiled.status(sd_model).reason:
+            self.report = replace(self.report, notes=(*self.report.notes, reason))
         self._request = parsed
         self._applied_to = (ref(sd_model), _nothing if session is None else ref(session))
         attempt("registering embeddings of LoRAs", lambda: self._embeddings.show(self.report.applied))
@@ -149,7 +170,7 @@ class ActiveLoras:
         session, error = attempt("preparing the model", lambda: self.sessions.get(sd_model, settings))
         if session is None or error is not None:
             return None, _all_refused(parsed, error)
-        note = _set_up(session, sd_model, settings)
+        note = _set_up(session, sd_model, settings, compiled=self.compiled.status(sd_model).blocks > 0)
         report = _set_or_refuse(session, parsed)
         return session, replace(report, notes=(*note, *report.notes))
 
@@ -170,12 +191,13 @@ class ActiveLoras:
             logger.info("Prefuse: %s", refused.reason)
 
 
-def _set_up(session: LoraSession, sd_model: Any, settings: Settings) -> tuple[str, ...]:
+def _set_up(session: LoraSession, sd_model: Any, settings: Settings, *, compiled: bool) -> tuple[str, ...]:
     session.compat = settings.compat
     session.cache_bytes = settings.cache_bytes
     # Parts of the model move between memory and device right before their forwards; hooks' tensors would not.
-    session.may_hook = not getattr(sd_model, "lowvram", False)
-    moves = settings.mode == "hook" and not session.may_hook
+    is_moved = getattr(sd_model, "lowvram", False)
+    session.may_hook = not is_moved and not compiled
+    moves = settings.mode == "hook" and is_moved
     session.mode = "prefuse" if moves else settings.mode
     return ("--medvram and --lowvram move the model's parts, so LoRAs are fused, not hooked",) if moves else ()
 

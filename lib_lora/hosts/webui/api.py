@@ -56,6 +56,22 @@ class Report(BaseModel):
     notes: list[str] = []
 
 
+class Compiled(BaseModel):
+    """What of the model runs compiled; `text` says it in a line."""
+
+    text: str = ""
+    backend: str = "eager"
+    blocks: int = 0
+    compiled: list[str] = []
+    asked: int = 0
+    done: int = 0
+    progress: float = 0.0
+    recompiles: int = 0
+    switches: int = 0
+    switch_ms: float = 0.0
+    reason: str = ""
+
+
 class State(Report):
     """What is applied now.
 
@@ -71,6 +87,7 @@ class State(Report):
     store_bytes: int = 0
     milliseconds: float = 0.0
     layers: int = 0
+    compiled: Compiled = Compiled()
 
 
 class Prompt(BaseModel):
@@ -109,8 +126,8 @@ class Api:
 
     def state(self) -> State:
         """What is applied now."""
-        report = self._loras().report
-        settings = read_settings()
+        loras, settings = self._loras(), read_settings()
+        report, compiled = loras.report, loras.compile_status
         return State(
             **_report(report),
             enabled=settings.enabled,
@@ -122,6 +139,7 @@ class Api:
             store_bytes=report.store_bytes,
             milliseconds=report.milliseconds,
             layers=report.layers_written + report.layers_restored,
+            compiled=Compiled(text=str(compiled), **compiled.to_dict()),
         )
 
     def resolve(self, body: Prompt) -> Report:

@@ -27,7 +27,7 @@ class Extension:
         self._active: ActiveLoras | None = None
         self._lock = threading.Lock()
         # Not in `on_ui_settings`: with --nowebui there is no page, and the API's options are made before the server is.
-        _guarded("adding the settings", add_settings)
+        _guarded("adding the settings", lambda: add_settings(self._compile_status, self._compile_anew))
 
     def before_ui(self) -> None:
         """The page is being made."""
@@ -42,9 +42,9 @@ class Extension:
         blocks, _ = attempt("making the page", lambda: build(self._host(), page_language()))
         return [] if blocks is None else [(blocks, "Prefuse", "prefuse")]
 
-    def app_started(self, _demo: Any, app: Any) -> None:
+    def app_started(self, demo: Any, app: Any) -> None:
         """The server is up, and the built-in extension has registered its network: the moment to take over."""
-        _guarded("taking over <lora:…>", lambda: self._start(app))
+        _guarded("taking over <lora:…>", lambda: self._start(demo, app))
 
     def model_loaded(self, sd_model: Any) -> None:
         """A model was made, weights were loaded into one, or its VAE changed."""
@@ -60,11 +60,12 @@ class Extension:
         """The scripts are loaded anew next, perhaps without us."""
         _guarded("giving everything back", self._stop)
 
-    def _start(self, app: Any) -> None:
+    def _start(self, demo: Any, app: Any) -> None:
         from lib_lora.hosts.webui.api import Api, add_routes
         from lib_lora.hosts.webui.builtin import spell_writable_names
         from lib_lora.hosts.webui.conds import extend_cond_key
         from lib_lora.hosts.webui.extra_network import PrefuseNetwork
+        from lib_lora.hosts.webui.pages import close_what_has_ended
         from lib_lora.hosts.webui.takeover import TakeOver
 
         if self._takeover is None:
@@ -73,6 +74,8 @@ class Extension:
             self._takeover.register(PrefuseNetwork(self._loras, self._takeover))
             add_routes(app, Api(self._loras, self._takeover))
             spell_writable_names(self._tag_name)
+            if demo is not None:
+                close_what_has_ended()
 
     def _host(self) -> Host:
         from lib_lora.hosts.webui.tab import WebuiHost
@@ -82,13 +85,15 @@ class Extension:
     def _loras(self) -> ActiveLoras:
         """What does the work; made when it is first needed, for it brings forty modules of ours."""
         from lib_lora.hosts.webui.active import ActiveLoras
+        from lib_lora.hosts.webui.compiled import CompiledUnets
         from lib_lora.hosts.webui.model import Sessions
 
         with self._lock:
             if self._takeover is None:
                 raise RuntimeError("the WebUI has unloaded the extension")
             if self._active is None:
-                self._active = ActiveLoras(Sessions(), self._takeover)
+                compiled = CompiledUnets()
+                self._active = ActiveLoras(Sessions(compiled.listener), compiled, self._takeover)
             return self._active
 
     def _meet(self, sd_model: Any) -> None:
@@ -100,7 +105,9 @@ class Extension:
     def _stop(self) -> None:
         from lib_lora.hosts.webui.builtin import restore_names
         from lib_lora.hosts.webui.conds import restore_cond_key
+        from lib_lora.hosts.webui.pages import leave_open
 
+        leave_open()
         restore_cond_key()
         restore_names()
         if self._active is not None:
@@ -108,6 +115,15 @@ class Extension:
         if self._takeover is not None:
             self._takeover.give_back(patch=False)
         self._active = self._takeover = None
+
+    def _compile_status(self) -> str:
+        """For the settings page, which is made before there is anything to tell."""
+        return "" if self._active is None else str(self._active.compile_status)
+
+    def _compile_anew(self) -> None:
+        """The setting was changed."""
+        if self._active is not None:
+            _guarded("compiling the model", self._active.compile_as_set)
 
     def _names(self) -> Sequence[str]:
         """Names that tags of the X/Y/Z plot can have."""

@@ -19,11 +19,16 @@ from lib_lora.prompt.block_names import LISTS, ORDER
 from lib_lora.session import LoraSession
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
     from lib_lora.core.base_store import StoreKind
+    from lib_lora.core.layers import LayerRef
     from lib_lora.hosts.webui.settings import Settings
+
+    Listener = Callable[[Sequence[LayerRef]], None]
 
 INDEX = "prefuse-loras.json"
 
@@ -55,9 +60,15 @@ class Sessions:
         presets: Files with presets of block weights.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, listener: Callable[[Any], Listener]) -> None:
+        """No session is made yet.
+
+        Args:
+            listener: Gives for a model what is told of the weights that are written there.
+        """
         self.catalog = LoraCatalog(lora_folders(), Path(cache.cache_dir) / INDEX)
         self.presets = PresetFiles(_preset_folders())
+        self._listener = listener
         self._entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
 
     def known(self, sd_model: Any) -> LoraSession | None:
@@ -82,7 +93,7 @@ class Sessions:
             session = None
         if session is None:
             checkpoint = checkpoint_file(sd_model)
-            session = _new_session(sd_model, self, settings.store, checkpoint)
+            session = self._new_session(sd_model, settings.store, checkpoint)
             loads: list[object] = []
             # The same checkpoint can be loaded anew, as when fp8 is switched on; no callback tells it from another VAE.
             unet = sd_model.model.diffusion_model
@@ -133,6 +144,21 @@ class Sessions:
         """Every model its base weights."""
         self.rest(None)
 
+    def _new_session(self, sd_model: Any, store: StoreKind, checkpoint: str) -> LoraSession:
+        usable = Path(checkpoint) if checkpoint.lower().endswith(".safetensors") else None
+        usable = usable if usable is not None and usable.is_file() else None
+        if store == "checkpoint" and usable is None:
+            logger.warning("Prefuse: base weights can only be read from a .safetensors checkpoint; they are copied")
+            store = "auto"
+        return LoraSession(
+            components(sd_model),
+            self.catalog,
+            store=store,
+            checkpoint=usable,
+            presets=self.presets,
+            on_weights_changed=self._listener(sd_model),
+        )
+
 
 def components(sd_model: Any) -> dict[str, nn.Module]:
     """``unet``, ``te1``, ``te2``, ``te3`` → module; SD1, SD2, SDXL and its refiner, SD3."""
@@ -156,12 +182,3 @@ def _preset_folders() -> list[Path]:
     """Beside the WebUI's settings, with the LoRAs, and in LoRA Block Weight, where that is installed."""
     theirs = sorted(Path(paths_internal.extensions_dir).glob(f"*/scripts/{WEIGHTS_FILE}"))
     return [*map(Path, (paths_internal.data_path, *lora_folders())), *(file.parent for file in theirs)]
-
-
-def _new_session(sd_model: Any, sessions: Sessions, store: StoreKind, checkpoint: str) -> LoraSession:
-    usable = Path(checkpoint) if checkpoint.lower().endswith(".safetensors") and Path(checkpoint).is_file() else None
-    if store == "checkpoint" and usable is None:
-        logger.warning("Prefuse: base weights can only be read from a .safetensors checkpoint; they are copied")
-        store = "auto"
-    options: dict[str, Any] = {"store": store, "checkpoint": usable, "presets": sessions.presets}
-    return LoraSession(components(sd_model), sessions.catalog, **options)

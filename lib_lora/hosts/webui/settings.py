@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 from modules import shared
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lib_lora.core.base_store import StoreKind
     from lib_lora.core.plan import Compat
     from lib_lora.session import Mode
@@ -17,6 +19,7 @@ SECTION = ("prefuse", "Prefuse")
 MODES = ("auto", "prefuse", "hook")
 COMPATS = ("exact", "a1111")
 STORES = ("auto", "device", "pinned", "file")
+COMPILERS = ("off", "inductor", "tensorrt")
 LANGUAGES = ("auto", "en", "zh")
 CACHE_MB = 1024
 COMPAT_FIELD = "Prefuse compat"
@@ -33,6 +36,7 @@ class Settings:
         compat: ``exact`` or ``a1111``.
         store: Where base weights are kept.
         cache_bytes: Memory for LoRAs that the prompt does not name at the moment.
+        compiler: What the UNet is compiled with, or ``off``.
     """
 
     enabled: bool = True
@@ -40,6 +44,7 @@ class Settings:
     compat: Compat = "exact"
     store: StoreKind = "auto"
     cache_bytes: int = CACHE_MB << 20
+    compiler: str = COMPILERS[0]
 
 
 def read_settings() -> Settings:
@@ -51,6 +56,7 @@ def read_settings() -> Settings:
         compat=cast("Compat", _choice("prefuse_compat", COMPATS)),
         store=cast("StoreKind", {"file": "checkpoint"}.get(store, store)),
         cache_bytes=_bytes(option("prefuse_cache_mb", CACHE_MB)),
+        compiler=_choice("prefuse_compile", COMPILERS),
     )
 
 
@@ -85,8 +91,13 @@ def _mode(choice: str) -> Mode:
     return cast("Mode", choice)
 
 
-def add_settings() -> None:
-    """The section of the settings page."""
+def add_settings(compile_status: Callable[[], str], compile_anew: Callable[[], None]) -> None:
+    """The section of the settings page.
+
+    Args:
+        compile_status: What is shown with the choice of a compiler.
+        compile_anew: Called when another one was chosen.
+    """
     import gradio as gr
 
     def add(name: str, default: Any, label: str, info: str, *component: Any, **more: Any) -> None:
@@ -120,6 +131,17 @@ def add_settings() -> None:
         "Where the untouched weights are kept while LoRAs are in the model",
         "device: beside the model; pinned: in RAM; file: nowhere, they are read from the checkpoint",
         *radio(STORES),
+    )
+    add(
+        "prefuse_compile",
+        COMPILERS[0],
+        "Compile the UNet",
+        "inductor: torch.compile; tensorrt: TensorRT, for NVIDIA's GPUs, with torch_tensorrt; both work in the "
+        "background while pictures are drawn, and LoRAs are switched without compiling again",
+        gr.Radio,
+        lambda: {"choices": list(COMPILERS), "info": compile_status()},
+        onchange=compile_anew,
+        refresh=lambda: None,
     )
     add(
         "prefuse_language",

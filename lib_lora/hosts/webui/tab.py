@@ -14,12 +14,13 @@ from lib_lora.core.keymap import KeyMap
 from lib_lora.errors import ModelError, PrefuseError, RequestError
 from lib_lora.hosts.host import Picture
 from lib_lora.hosts.webui.model import components
-from lib_lora.hosts.webui.settings import option
+from lib_lora.hosts.webui.settings import option, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
 
     from lib_lora.catalog import LoraCatalog
+    from lib_lora.compile.protocol import CompileStatus
     from lib_lora.core.saving import Progress
     from lib_lora.hosts.host import GenerateRequest
     from lib_lora.hosts.webui.active import ActiveLoras
@@ -92,6 +93,18 @@ class WebuiHost:
         """Layers of the loaded model; None if there is none."""
         sd_model = sd_models.model_data.sd_model
         return None if sd_model is None else KeyMap.from_modules(components(sd_model))
+
+    def compile_status(self) -> CompileStatus:
+        """How the model that is loaded runs."""
+        return self._loras().compile_status
+
+    def compiler(self) -> str:
+        """The setting."""
+        return read_settings().compiler
+
+    def use_compiler(self, name: str) -> None:
+        """Change the setting, as the settings page does."""
+        shared.opts.set("prefuse_compile", name)
 
     def samplers(self) -> list[str]:
         """Names that a request can have."""

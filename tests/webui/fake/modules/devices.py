@@ -5,6 +5,7 @@ import contextlib
 import torch
 
 dtype = torch.float32
+fp8 = False
 
 
 def autocast(disable=False):

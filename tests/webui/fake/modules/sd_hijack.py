@@ -23,6 +23,8 @@ class StableDiffusionModelHijack:
         self.comments = []
         self.extra_generation_params = {}
         self.embedding_db = EmbeddingDatabase()
+        self.optimization_method = "sdp"
+        self.circular_enabled = False
 
     def clear_comments(self):
         self.comments = []

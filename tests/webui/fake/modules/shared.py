@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 class OptionInfo:
     def __init__(self, default=None, label="", component=None, component_args=None, onchange=None, section=None, refresh=None, comment_before="", comment_after="", infotext=None, restrict_api=False, category_id=None):  # fmt: skip
         self.default, self.label, self.component, self.component_args = default, label, component, component_args
-        self.section, self.infotext, self.onchange = section, infotext, onchange
+        self.section, self.infotext, self.onchange, self.refresh = section, infotext, onchange, refresh
         self.comment_after = comment_after
         self.do_not_save = False
 
@@ -35,8 +35,10 @@ class Options:
     def set(self, key, value, is_api=False, run_callbacks=True):
         if self.data.get(key) == value:
             return False
-        self.data_labels[key]
+        label = self.data_labels[key]
         self.data[key] = value
+        if run_callbacks and label.onchange is not None:
+            label.onchange()
         return True
 
     def add_option(self, key, info):
@@ -60,6 +62,7 @@ options_templates = {
     "sd_model_checkpoint": OptionInfo(None),
 }
 opts = Options(options_templates)
+loaded_hypernetworks = []
 
 
 class Shared(ModuleType):
