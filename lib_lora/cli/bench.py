@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     import argparse
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-SUITES = ("steps", "switch", "schedules", "families", "merge", "resize", "extract", "files", "compile", "page")
+SUITES = (
+    *("steps", "switch", "schedules", "families", "merge", "resize", "extract", "files"),
+    *("compile", "compile_controlnet", "page"),
+)
 GPU_SUITES = ("gpu", "gpu_switch", "gpu_compile")
 
 
