@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lib_lora.core.memory import OUT_OF_MEMORY
 from lib_lora.core.saving import no_progress
@@ -329,4 +330,4 @@ def _cast_frozen(model: TrainModel, trainee: Trainee, dtype: torch.dtype) -> Non
     """What is not trained has the type of the products; what is trained stays float32."""
     for part in (model.unet, *model.text_encoders):
         if part is not trainee.module and part.dtype != dtype:
-            part.to(dtype)
+            nn.Module.to(part, dtype)  # diffusers' own warns of what these models have not

@@ -1,0 +1,141 @@
+"""Every family and precision is trained: SDXL with its sizes and pooled text, SD2 with v, bf16, DyLoRA, one file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from safetensors import safe_open
+from tiny_pipelines import make_tiny, write_tokenizer
+from train_runs import SIDE, load_tiny, options_for, run, tensors_of, tiny_folder, write_pictures
+from transformers import CLIPTokenizer
+
+from lib_lora.__main__ import main
+from lib_lora.errors import JobError, TrainError
+from lib_lora.hosts.standalone import training
+from lib_lora.hosts.standalone.demo import MODEL_DIR
+from lib_lora.hosts.standalone.loading import load_pipeline
+from lib_lora.train.model import TrainModel
+from lib_lora.train.trainer import train
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.newest
+
+# Part of the length of a gradient.
+ROUNDING = {"bf16": 0.05, "fp16": 0.01}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("set") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+def sdxl(folder: Path) -> TrainModel:
+    parts = make_tiny("sdxl", folder / "configs").parts
+    tokenizer = CLIPTokenizer.from_pretrained(write_tokenizer(folder / "tokenizer"), model_max_length=77)
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear")
+    pipe = StableDiffusionXLPipeline(
+        **parts, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler, add_watermarker=False
+    )
+    return TrainModel(pipe, "tiny", folder, dict(scheduler.config))
+
+
+def test_sdxl_is_trained_with_both_text_encoders_and_the_sizes_of_pictures(pictures, tmp_path):
+    model, seen = sdxl(tmp_path), []
+    model.unet.register_forward_pre_hook(lambda *call: seen.append(call[2]["added_cond_kwargs"]), with_kwargs=True)
+    outcome = train(model, options_for(pictures, tmp_path / "out", gradient_checkpointing=True, max_train_steps=2))
+    tensors = tensors_of(outcome)
+    for start in ("lora_te1_text_model", "lora_te2_text_model", "lora_unet_input_blocks", "lora_unet_output_blocks"):
+        ups = [tensor for name, tensor in tensors.items() if name.startswith(start) and "lora_up" in name]
+        assert any(up.any() for up in ups), start
+    assert seen[0]["time_ids"].tolist() == [[SIDE, SIDE, 0, 0, SIDE, SIDE]] * 2
+    assert seen[0]["text_embeds"].shape == (2, 8)
+    with safe_open(outcome.paths[0], "pt") as file:
+        assert file.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+def test_clip_skip_is_refused_for_sdxl(pictures, tmp_path):
+    with pytest.raises(JobError, match="clip_skip is for SD1 and SD2"):
+        train(sdxl(tmp_path), options_for(pictures, tmp_path / "out", clip_skip=2))
+
+
+def test_captions_of_a_text_encoder_that_is_trained_are_not_cached(model, pictures, tmp_path):
+    with pytest.raises(JobError, match="network_train_unet_only"):
+        run(model, pictures, tmp_path, cache_text_encoder_outputs=True)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"v_parameterization": True, "min_snr_gamma": 5, "zero_terminal_snr": True},
+        {"max_token_length": 225, "clip_skip": 2, "gradient_checkpointing": True},
+        {"network_module": "dylora", "network_dim": 4, "unit": 2},
+        {"conv_dim": 2, "network_train_unet_only": True, "down_lr_weight": "sine", "scale_weight_norms": 1.0},
+        {"network_train_text_encoder_only": True, "optimizer_type": "AdaFactor"},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True, "cache_latents": True},
+        {"full": True, "mixed_precision": "bf16", "gradient_checkpointing": True},
+    ],
+    ids=lambda given: "-".join(given),
+)
+def test_options_go_together(model, pictures, tmp_path, given):
+    outcome = run(model, pictures, tmp_path, **given)
+    tensors = tensors_of(outcome)
+    assert outcome.step == 3
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert given.get("full") or any(tensor.any() for name, tensor in tensors.items() if "lora_up" in name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_gradients_are_those_in_float32_but_for_rounding(pictures, tmp_path, precision):
+    """Of the embedded model: in one with random weights what is left of the gradient is mostly rounding."""
+    step = {"optimizer_type": "SGD", "learning_rate": 1.0, "max_grad_norm": 0, "max_train_steps": 1}
+
+    def change(name: str) -> torch.Tensor:
+        loaded = load_pipeline("demo", "cpu", "fp32")
+        model = TrainModel(loaded.pipe, "demo", MODEL_DIR, loaded.scheduler)
+        options = options_for(pictures, tmp_path / name, mixed_precision=name, train_batch_size=6, **step)
+        made = tensors_of(train(model, options))
+        return torch.cat([made[key].flatten() for key in made if "lora_up" in key])  # which began as zeros
+
+    exact, rounded = change("no"), change(precision)
+    assert exact.norm() > 0
+    assert (rounded - exact).norm() < ROUNDING[precision] * exact.norm()
+
+
+def test_a_checkpoint_file_is_trained_from_the_command_line(pictures, tmp_path, monkeypatch):
+    tiny = make_tiny("sd1", tmp_path / "configs")
+    file = tiny.write(tmp_path / "tiny.safetensors")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    load = training.load_pipeline
+    monkeypatch.setattr(training, "load_pipeline", lambda *args, **named: load(*args, **named, config=tiny.config))
+    values = {
+        "pretrained_model_name_or_path": file,
+        "tokenizer": tokenizer,
+        "train_data_dir": pictures,
+        "resolution": SIDE,
+        "output_dir": tmp_path / "out",
+        "max_train_steps": 1,
+        "device": "cpu",
+    }
+    assert main(["train", *(f"--{key}={value}" for key, value in values.items())]) == 0
+    with safe_open(tmp_path / "out" / "last.safetensors", "pt") as made:
+        assert made.metadata()["ss_sd_model_name"] == "tiny.safetensors"
+        assert len(made.metadata()["ss_new_sd_model_hash"]) == 64
+
+
+def test_a_resumed_model_that_is_another_is_refused(model, pictures, tmp_path):
+    run(model, pictures, tmp_path, save_state_every_n_steps=1)
+    other = load_tiny(model)
+    with torch.no_grad():
+        next(other.unet.parameters()).mul_(2)
+    with pytest.raises(TrainError, match="model was"):
+        train(other, options_for(pictures, tmp_path, resume=tmp_path / "made-state"))
