@@ -149,7 +149,8 @@ def multiply(term: Term, out: Tensor, workspace: Workspace) -> None:
     """Write factor · ΔW, rounded, to `out`."""
     if is_low_rank(term.adapter) and numerics.has_native_gemm(out.dtype, out.device.type):
         up, down, gain = numerics.stack([term], out.dtype, out.device, workspace)
-        out.flatten(1).addmm_(up, down, beta=0, alpha=gain)
+        product = out.flatten(1)
+        torch.addmm(product, up, down, beta=0, alpha=gain, out=product)
     else:
         nothing = torch.zeros((), dtype=torch.float32, device=out.device).expand(out.shape)
         numerics.fuse_layer(nothing, [term], out, workspace)
