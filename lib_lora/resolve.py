@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,8 @@ MOST_LORAS = 1000
 """In one request; a text of 1 MB could name a hundred times as many, each of which is looked for in the folders."""
 IDLE_BYTES = 1 << 30
 """Networks that are not in the last request stay in memory up to this size."""
+MOST_PLANS = 4
+"""That are kept, of requests that come again."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Resolver:
         self._blocks = frozenset(layer.block for layer in keymap if layer.block)
         self._networks: OrderedDict[FileIdentity, Network] = OrderedDict()
         self._matches: dict[str, Match] = {}
-        self._planned: tuple[Compat, list[tuple[Match, Scale]], FusePlan] = ("exact", [], FusePlan({}))
+        self._planned: deque[tuple[Compat, list[tuple[Match, Scale]], FusePlan]] = deque(maxlen=MOST_PLANS)
 
     def resolve(self, parsed: ParsedPrompt) -> tuple[list[ResolvedLora], list[RefusedLora]]:
         """Find, read and match each LoRA; one's fault is not the others'. Bad tags are refused before them."""
@@ -144,11 +146,13 @@ class Resolver:
             raise TagError(f"{shorten(request.name)} is not applied: {reasons}") from error
 
     def plan(self, loras: Sequence[ResolvedLora], compat: Compat) -> FusePlan:
-        """What LoRAs make of the model, as `plan_of`; the last plan is kept for a request that comes again."""
+        """What LoRAs make of the model, as `plan_of`; the last plans are kept for requests that come again."""
         inputs = _plan_inputs(loras, compat)
-        if self._planned[:2] != (compat, inputs):
-            self._planned = compat, inputs, make_plan(inputs, compat)
-        return self._planned[2]
+        for kept in self._planned:
+            if kept[:2] == (compat, inputs):
+                return kept[2]
+        self._planned.append((compat, inputs, make_plan(inputs, compat)))
+        return self._planned[-1][2]
 
     def preview(self, parsed: ParsedPrompt, mode: str) -> SessionReport:
         """What a session would apply and refuse."""
@@ -167,12 +171,15 @@ class Resolver:
                 del self._networks[network.identity]
         kept = self._networks
         self._matches = {uid: match for uid, match in self._matches.items() if match.network.identity in kept}
+        self._planned = deque(
+            (plan for plan in self._planned if all(match.network.identity in kept for match, _ in plan[1])), MOST_PLANS
+        )
 
     def clear(self) -> None:
         """Forget all networks."""
         self._networks.clear()
         self._matches.clear()
-        self._planned = "exact", [], FusePlan({})
+        self._planned.clear()
 
     def _match(self, entry: CatalogEntry, dyn: int | None) -> Match:
         network = self._networks.get(FileIdentity.of(entry.path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,8 @@ def divide(plan: FusePlan, hook: bool, ways: Ways = EXACT) -> Division:
             kept.update((f"{network.name}: {term.adapter.algorithm}", None) for term, network in _pairs(rest))
         if not writable:
             quantised.append(patch)
+    if not hooked and all(map(operator.is_, fused.values(), plan.patches.values())):
+        return Division(plan, FusePlan({}))
     notes = tuple(f"{what} depends on the weights and is fused in hook mode too" for what in kept)
     return Division(FusePlan(fused, plan.compat), FusePlan(hooked, plan.compat), notes + _quantised_note(quantised))
 

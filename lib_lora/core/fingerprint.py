@@ -69,9 +69,11 @@ def samples(weights: Sequence[Tensor]) -> list[Sample]:
     result: dict[int, Sample] = {}
     for (_, dtype), indices in groups.items():
         pieces = [_elements(weights[index]) for index in indices]
+        if dtype.itemsize == 1:
+            pieces = [piece.view(torch.uint8) for piece in pieces]  # not all devices join numbers in fp8
         gathered, stop = Gathered(pieces), 0
         for index, piece in zip(indices, pieces, strict=True):
-            start, stop = stop, stop + piece.numel() * piece.element_size()
+            start, stop = stop, stop + piece.numel() * dtype.itemsize
             result[index] = Sample(dtype, gathered, start, stop)
     return [result[index] for index in range(len(weights))]
 
@@ -86,6 +88,6 @@ def compare(before: Sample, now: Sample) -> Change:
 
 
 def _elements(weight: Tensor) -> Tensor:
-    count = min(SAMPLES, weight.numel())
-    elements = weight.as_strided((count,), (weight.numel() // count,), weight.storage_offset())
-    return elements.view(torch.uint8) if elements.element_size() == 1 else elements
+    numbers = weight.numel()
+    count = min(SAMPLES, numbers)
+    return weight.as_strided((count,), (numbers // count,), weight.storage_offset())

@@ -84,7 +84,7 @@ class LayerRef:
         """Whether the live weight holds plain floating numbers; quantised ones are packed or of another class."""
         weight = self.weight()
         plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point()
-        return plain and self.live().shape == self.shape
+        return plain and (weight if self.rows is None else self.live()).shape == self.shape
 
 
 def is_fp8(dtype: torch.dtype) -> bool:

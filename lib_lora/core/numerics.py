@@ -236,5 +236,14 @@ def is_finite_for_sure(terms: Sequence[Term], base_peak: float, dtype: torch.dty
         base_peak: An upper bound of max |W0|.
         dtype: What the weight is stored as.
     """
-    peak = base_peak + sum(abs(factor) * adapter.bound(base_peak) for adapter, factor in terms)
+    return fits(largest_sum(terms, base_peak), dtype)
+
+
+def largest_sum(terms: Sequence[Term], base_peak: float) -> float:
+    """An upper bound of max |W0 + Σ factor · ΔW|; not finite if a number of an adapter is not."""
+    return base_peak + sum(abs(factor) * adapter.bound(base_peak) for adapter, factor in terms)
+
+
+def fits(peak: float, dtype: torch.dtype) -> bool:
+    """Whether numbers up to `peak` are stored as finite ones."""
     return peak < torch.finfo(dtype).max / 2

@@ -189,9 +189,9 @@ class ModelPatcher:
         store, sums = self._state.store, dict[str, Sum]()
         for patch in writes:
             live = patch.layer.live()
-            if patch.held is None and self._switch.takes(live, patch.terms):
+            if patch.is_low_rank and self._switch.takes(live):
                 self._soil(patch.layer.key)
-                sums[patch.layer.key] = Sum(live, store.source(patch.layer, live), patch.terms, patch.networks)
+                sums[patch.layer.key] = Sum(live, store.source(patch.layer, live), patch)
         try:
             self._switch.write([*sums.values()], near=store.is_near)
         except OUT_OF_MEMORY:
@@ -263,15 +263,15 @@ class ModelPatcher:
         state = self._state
         state.peaks.read((patch.layer for patch in writes), state.store)
         for patch in writes:
-            live = patch.layer.live()
-            if numerics.is_finite_for_sure(patch.summands, state.peaks[patch.layer.key], live.dtype):
+            dtype = patch.layer.weight().dtype
+            if numerics.fits(patch.largest(state.peaks[patch.layer.key]), dtype):
                 continue
-            trial = torch.empty_like(live)
+            trial = torch.empty_like(patch.layer.live())
             self._fuse(patch, trial, compat)
             if not torch.isfinite(trial.float()).all():
                 raise NonFiniteError(
-                    f"{patch.heaviest().name}: layer {patch.layer.key} would overflow {live.dtype} "
-                    f"(largest number {torch.finfo(live.dtype).max:g}); lower its strength",
+                    f"{patch.heaviest().name}: layer {patch.layer.key} would overflow {dtype} "
+                    f"(largest number {torch.finfo(dtype).max:g}); lower its strength",
                     network=patch.heaviest().uid,
                 )
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from lib_lora.core.adapters import is_low_rank
 from lib_lora.core.adapters.ia3 import Ia3Adapter
 from lib_lora.core.adapters.padded import PaddedAdapter
 from lib_lora.core.adapters.rows import rows_of
 from lib_lora.core.naming import BIAS
-from lib_lora.core.numerics import Term
+from lib_lora.core.numerics import Term, largest_sum
 from lib_lora.errors import BaseModelMismatchError, NamingError, NoLayersError, ShapeMismatchError
 
 if TYPE_CHECKING:
@@ -214,6 +215,25 @@ class LayerPatch:
     def summands(self) -> tuple[Term, ...]:
         """All terms, those that are held too."""
         return (*(self.held.terms if self.held else ()), *self.terms)
+
+    @cached_property
+    def is_low_rank(self) -> bool:
+        """Whether all terms are products of small matrices, and nothing is held."""
+        return self.held is None and all(is_low_rank(term.adapter) for term in self.terms)
+
+    def largest(self, base_peak: float) -> float:
+        """An upper bound of the sum's numbers, kept for the next switch.
+
+        Args:
+            base_peak: An upper bound of max |W0|.
+        """
+        if base_peak not in self._largest:
+            self._largest[base_peak] = largest_sum(self.summands, base_peak)
+        return self._largest[base_peak]
+
+    @cached_property
+    def _largest(self) -> dict[float, float]:
+        return {}
 
     @cached_property
     def seed(self) -> int:

@@ -31,6 +31,13 @@ ROUNDINGS = {torch.float32: 8, torch.bfloat16: 1.5, torch.float16: 1.5}
 """Units of the weight's last place: half a one for the sum, the rest for factors times strength."""
 
 
+class Patch:
+    """What a kernel reads of a `LayerPatch`."""
+
+    def __init__(self, terms, networks) -> None:
+        self.terms, self.networks = terms, networks
+
+
 def term(shape, rank: int, factor: float, seed: int, dtype=torch.float32) -> Term:
     generator = torch.Generator().manual_seed(seed)
     up = torch.randn(shape[0], rank, *(1,) * len(shape[2:]), generator=generator) * 0.1
@@ -48,15 +55,16 @@ def sums(dtype=torch.float32, *, seed: int = 0, strength: float = 1.0, ranks=(4,
         count = 2 - (at == 3)
         terms = [term(shape, ranks[n], strength * (0.3 + 0.5 * n), seed + 10 * at + n, kinds[n]) for n in range(count)]
         networks = [SimpleNamespace(uid=f"{seed}-{n}") for n in range(count)]
-        result.append(Sum(torch.full_like(base, float("nan")), base, terms, networks))
+        patch = Patch(terms, networks)
+        result.append(Sum(torch.full_like(base, float("nan")), base, patch))
     return result
 
 
 def check(entries) -> None:
     """One rounding of the float64 sum."""
-    for out, base, terms, _ in entries:
+    for out, base, patch in entries:
         exact = base.double().flatten(1)
-        for adapter, factor in terms:
+        for adapter, factor in patch.terms:
             up, down, scale = adapter.factors()
             exact = exact + factor * scale * (up.double() @ down.double())
         unit = exact.abs().clamp_min(0.05) * ULP[out.dtype]
@@ -86,7 +94,8 @@ def test_nothing_depends_on_where_the_work_is_cut(monkeypatch):
 
 def test_an_alpha_of_zero_adds_nothing():
     tensors = {"lora_up": torch.ones(8, 2), "lora_down": torch.ones(2, 8), "alpha": torch.tensor(0.0)}
-    entry = Sum(torch.empty(8, 8), torch.randn(8, 8), [Term(load_adapter(tensors), 1.0)], [SimpleNamespace(uid="a")])
+    patch = Patch([Term(load_adapter(tensors), 1.0)], [SimpleNamespace(uid="a")])
+    entry = Sum(torch.empty(8, 8), torch.randn(8, 8), patch)
     GroupedKernel(CPU).write([entry], near=True)
     assert torch.equal(entry.out, entry.base)
 
@@ -328,3 +337,25 @@ def test_products_are_exact_on_a_gpu_whatever_the_host_allows_and_its_settings_c
     assert getattr(matmul, known) in ("tf32", True)
     assert matmul.allow_fp16_reduced_precision_reduction
     setattr(matmul, known, before)
+
+
+def test_a_set_that_comes_again_is_not_planned_again_and_another_one_is(monkeypatch):
+    planned, entries, others = [], sums(), sums(strength=0.5)
+    kernel = GroupedKernel(CPU)
+    real = GroupedKernel._batch
+    monkeypatch.setattr(GroupedKernel, "_batch", lambda *given: planned.append(1) or real(*given))
+    for own in (entries, others, entries, others):
+        kernel.write([entry._replace(out=entry.out.fill_(7.0)) for entry in own], near=True)
+        check(own)
+    assert len(planned) == 2
+
+
+def test_nothing_is_kept_of_a_set_that_is_larger_than_the_budget(monkeypatch):
+    monkeypatch.setattr("lib_lora.core.gpu.factors.BUDGET", 100)
+    kernel = GroupedKernel(CPU)
+    for seed in range(3):
+        entries = sums(seed=seed)
+        kernel.write(entries, near=True)
+        check(entries)
+        assert kernel._factors.nbytes == 0
+        assert not kernel._recipes

@@ -77,13 +77,19 @@ class DeviceFactors:
         """What `bring` has put there."""
         return self._placed[adapter]
 
-    def trim(self, used: Iterable[LowRankAdapter]) -> None:
-        """Keep to the budget: what was not used in this switch goes first, and then all."""
-        if self._is_full:
-            self._placed = WeakKeyDictionary({adapter: self._placed[adapter] for adapter in used})
-            if self.nbytes > self._budget:
-                self._placed.clear()
-            self._is_full = False
+    def trim(self, used: Iterable[LowRankAdapter]) -> bool:
+        """Keep to the budget: what was not used in this switch goes first, and then all.
+
+        Returns:
+            Whether there was room for everything.
+        """
+        if not self._is_full:
+            return True
+        self._placed = WeakKeyDictionary({adapter: self._placed[adapter] for adapter in used})
+        if self.nbytes > self._budget:
+            self._placed.clear()
+        self._is_full = False
+        return False
 
     def _send(self, adapters: Sequence[LowRankAdapter], dtype: torch.dtype) -> None:
         factors = [adapter.factors() for adapter in adapters]

@@ -29,13 +29,13 @@ class SwitchGraphs:
         problem: Why nothing is recorded any more, a clause; empty while all is well.
     """
 
-    def __init__(self, record: Callable[[Work], Work] | None = None) -> None:
+    def __init__(self, record: Callable[[Work], Work]) -> None:
         """Without a graph.
 
         Args:
-            record: Makes a replay of some work without doing it; by default as a CUDA graph.
+            record: Makes a replay of some work without doing it.
         """
-        self._record = record or CudaRecorder()
+        self._record = record
         self._replays: OrderedDict[Hashable, Work | None] = OrderedDict()
         self.replays = 0
         self.problem = ""
@@ -71,9 +71,10 @@ class SwitchGraphs:
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory: they never run at the same time."""
+    """Records CUDA graphs of one device that share one pool of memory: they never run at the same time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
 
     def __call__(self, work: Work) -> Work:
@@ -85,6 +86,6 @@ class CudaRecorder:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph.replay

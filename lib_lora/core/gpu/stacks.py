@@ -35,8 +35,31 @@ class Product(NamedTuple):
     gain: float
 
 
+class Join(NamedTuple):
+    """Matrices of one width that become one, below each other.
+
+    Attributes:
+        pieces: (rank, width) each.
+        out: (Σ rank, width).
+        scale: What each row is multiplied by, (Σ rank, 1) float32; None for 1.
+    """
+
+    pieces: list[Tensor]
+    out: Tensor
+    scale: Tensor | None
+
+    def do(self) -> None:
+        """Concatenate, and multiply in float32; rounded once to the dtype of `out`."""
+        dtype = reduce(torch.promote_types, {piece.dtype for piece in self.pieces})
+        joined = torch.cat(self.pieces, out=self.out if dtype == self.out.dtype else None)
+        if self.scale is not None:
+            torch.mul(joined, self.scale, out=self.out)
+        elif joined is not self.out:
+            self.out.copy_(joined)
+
+
 class Stacker:
-    """Joins factors in memory of its own; what it gave is overwritten by the next call."""
+    """Plans joins of factors into memory of its own, which those of another call use too."""
 
     def __init__(self, device: torch.device, *, steady: bool) -> None:
         """Take no memory yet.
@@ -53,8 +76,8 @@ class Stacker:
 
     def products(
         self, layers: Sequence[Sequence[Placed]], strengths: Sequence[Sequence[float]], dtype: torch.dtype
-    ) -> list[Product]:
-        """Each layer's terms as one product.
+    ) -> tuple[list[Join], list[Product]]:
+        """Each layer's terms as one product, and the joins to be done before.
 
         Args:
             layers: The factors of each term.
@@ -68,9 +91,10 @@ class Stacker:
         gains = [self._gain(own, dtype) for own in scales]
         folded = [[scale / gain for scale in own] for own, gain in zip(scales, gains, strict=True)]
         ranks = [[low.rank for low in terms] for terms in layers]
-        ups = self._joined("up", [[low.up for low in terms] for terms in layers], ranks, dtype, folded)
-        downs = self._joined("down", [[low.down for low in terms] for terms in layers], ranks, dtype)
-        return [Product(up.t(), down, gain) for up, down, gain in zip(ups, downs, gains, strict=True)]
+        up_joins, ups = self._joined("up", [[low.up for low in terms] for terms in layers], ranks, dtype, folded)
+        down_joins, downs = self._joined("down", [[low.down for low in terms] for terms in layers], ranks, dtype)
+        products = [Product(up.t(), down, gain) for up, down, gain in zip(ups, downs, gains, strict=True)]
+        return [*up_joins, *down_joins], products
 
     def _gain(self, scales: Sequence[float], dtype: torch.dtype) -> float:
         """The number that all terms have in common, or what keeps the largest near 1."""
@@ -86,8 +110,8 @@ class Stacker:
         ranks: Sequence[Sequence[int]],
         dtype: torch.dtype,
         scales: Sequence[Sequence[float]] | None = None,
-    ) -> list[Tensor]:
-        """Each layer's matrices one below the other, (Σ rank, width); all layers of one width by one call.
+    ) -> tuple[list[Join], list[Tensor]]:
+        """Each layer's matrices one below the other, (Σ rank, width); all layers of one width by one join.
 
         Args:
             name: Of the memory.
@@ -103,6 +127,7 @@ class Stacker:
         each = None if scales is None else self._of_rows([(scales[at], ranks[at], gaps[at]) for at in order])
         total = sum(height * width for height, width in zip(rows, widths, strict=True))
         memory = self._workspace.take(name, (1, total + ALIGNMENT * len(layers)), dtype, self._device)[0]
+        joins: list[Join] = []
         result: dict[int, Tensor] = {}
         start = first = 0
         for width, group in groupby(order, widths.__getitem__):
@@ -110,10 +135,10 @@ class Stacker:
             height = sum(rows[at] for at in members)
             joined = memory[start : start + height * width].view(height, width)
             pieces = [piece for at in members for piece in (*layers[at], *self._padding(layers[at][0], gaps[at]))]
-            _join(pieces, joined, None if each is None else each[first : first + height])
+            joins.append(Join(pieces, joined, None if each is None else each[first : first + height]))
             result.update(zip(members, joined.split_with_sizes([rows[at] for at in members]), strict=True))
             start, first = start + -(-height * width // ALIGNMENT) * ALIGNMENT, first + height
-        return [result[at] for at in range(len(layers))]
+        return joins, [result[at] for at in range(len(layers))]
 
     def _padding(self, like: Tensor, rows: int) -> Sequence[Tensor]:
         """Rows of zeros, if any are wanted."""
@@ -136,13 +161,3 @@ class Stacker:
         counts = torch.tensor([count for _, ranks, gap in layers for count in (*ranks, gap)])
         rows = flat.repeat_interleave(counts).unsqueeze(1)
         return rows.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else rows
-
-
-def _join(pieces: list[Tensor], out: Tensor, each: Tensor | None) -> None:
-    """Concatenate rows and multiply each by its scale in float32; rounded once to the dtype of `out`."""
-    dtype = reduce(torch.promote_types, {piece.dtype for piece in pieces})
-    joined = torch.cat(pieces, out=out if dtype == out.dtype else None)
-    if each is not None:
-        torch.mul(joined, each, out=out)
-    elif joined is not out:
-        out.copy_(joined)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from lib_lora.core.gpu.graphs import SwitchGraphs
+from lib_lora.core.gpu.graphs import CudaRecorder, SwitchGraphs
 from lib_lora.core.gpu.grouped import GroupedKernel, can_group
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lib_lora.core.gpu.grouped import Sum
-    from lib_lora.core.numerics import Term
 
 SwitchKind = Literal["auto", "layers", "grouped", "graph"]
 """How layers are written: one after the other, together, or together by replayed graphs; ``auto`` is ``grouped`` on an
@@ -34,11 +33,11 @@ class GroupedSwitch:
         """Whether it takes no layer at all."""
         return self._kind == "layers" or (self._kind == "auto" and not torch.cuda.is_initialized())
 
-    def takes(self, out: Tensor, terms: Sequence[Term]) -> bool:
-        """Whether this layer can be written together with others."""
+    def takes(self, out: Tensor) -> bool:
+        """Whether low-rank sums can be written to this weight together with others."""
         if self.is_off or (self._kind == "auto" and out.device.type != "cuda"):
             return False
-        return can_group(out, terms)
+        return can_group(out)
 
     def write(self, sums: Sequence[Sum], *, near: bool) -> None:
         """Write layers that `takes` takes, those of a device together.
@@ -59,6 +58,6 @@ class GroupedSwitch:
 
     def _kernel(self, device: torch.device) -> GroupedKernel:
         if device not in self._kernels:
-            graphs = SwitchGraphs() if self._kind == "graph" and device.type == "cuda" else None
+            graphs = SwitchGraphs(CudaRecorder(device)) if self._kind == "graph" and device.type == "cuda" else None
             self._kernels[device] = GroupedKernel(device, graphs)
         return self._kernels[device]
