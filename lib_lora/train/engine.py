@@ -25,12 +25,14 @@ def make_accelerator(run: RunOptions, accumulated: int) -> Any:
         accumulated: Batches that make one step.
 
     Raises:
-        JobError: If the device has not this precision.
+        JobError: If Accelerate is not installed, or the device has not this precision.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
-
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ImportError as error:
+        raise JobError(f"training needs accelerate ({error}); install it with: pip install accelerate") from error
     # What is shared in a process knows one precision and one device; a second training may have others.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     # Layers that a dropout leaves out have no gradient; the model has no buffers that change.

@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 _MAY_CHANGE = (
     *("max_train_steps", "max_train_epochs", "gradient_checkpointing", "device", "max_data_loader_n_workers"),
     *("vae_batch_size", "cache_dir", "tokenizer"),
+    *("pretrained_model_name_or_path", "train_data_dir", "reg_data_dir", "in_json"),
 )
-"""What a training may be resumed with in another way, beside all of `OutputOptions`."""
+"""What a training may be resumed with in another way, beside all of `OutputOptions`.
+
+Model and pictures are told by what they are, not by where they lie.
+"""
 
 
 @dataclass(frozen=True)

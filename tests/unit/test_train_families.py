@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -61,6 +62,23 @@ def test_sdxl_is_trained_with_both_text_encoders_and_the_sizes_of_pictures(pictu
     assert seen[0]["text_embeds"].shape == (2, 8)
     with safe_open(outcome.paths[0], "pt") as file:
         assert file.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+def test_a_tuned_unet_of_sdxl_is_a_checkpoint_of_sdxl(pictures, tmp_path):
+    model = sdxl(tmp_path)
+    outcome = train(model, options_for(pictures, tmp_path / "out", full=True, max_train_steps=1))
+    folder, file = outcome.paths
+    assert load_pipeline(folder, "cpu", "fp32").pipe.text_encoder_2.config.projection_dim == 8
+    tokenizer = tmp_path / "tokenizer"
+    single = load_pipeline(file, "cpu", "fp32", tokenizer=tokenizer, config=folder).pipe
+    trained = dict(model.unet.state_dict())
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in single.unet.state_dict().items())
+
+
+def test_training_without_accelerate_is_one_sentence(model, pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(JobError, match="pip install accelerate"):
+        run(model, pictures, tmp_path)
 
 
 def test_clip_skip_is_refused_for_sdxl(pictures, tmp_path):

@@ -145,5 +145,5 @@ def test_the_command_refuses_with_one_sentence(tmp_path, capsys):
 def test_what_decides_the_course_is_all_but_what_is_written():
     course = TrainOptions.of(KOHYA | {"output_dir": "elsewhere"}).course()
     assert course["network_dim"] == 8
-    assert course["train_data_dir"] == "pictures"
-    assert not {"output_dir", "output_name", "max_train_steps", "save_every_n_steps"} & set(course)
+    assert course["resolution"] == [512, 768]
+    assert not {"train_data_dir", "output_dir", "output_name", "max_train_steps", "save_every_n_steps"} & set(course)
