@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lib_lora.compile.protocol import CompileStatus
 from lib_lora.report import SessionReport
 from tests.faults.test_names import HOSTILE_NAMES
 
@@ -33,7 +34,12 @@ def client(fake_modules, released):
         session = SimpleNamespace(preview=lambda *_: SessionReport(text="a cat"))
         catalog = SimpleNamespace(entries=lambda: (), notes=(), refresh=lambda: None)
         sessions = SimpleNamespace(get=lambda *_: session, catalog=catalog)
-        loras = SimpleNamespace(report=SessionReport(), sessions=sessions, leave=lambda: released.append(1))
+        loras = SimpleNamespace(
+            report=SessionReport(),
+            sessions=sessions,
+            compile_status=CompileStatus("inductor", 25, recompiles=0),
+            leave=lambda: released.append(1),
+        )
         sd_models.model_data.was_loaded_at_least_once = True  # with no model, which these answers do not need
         app = fastapi.FastAPI()
         add_routes(app, Api(lambda: loras, SimpleNamespace(in_charge=True)))
@@ -49,6 +55,8 @@ def test_every_route_answers(client):
     for name in WRITES:
         assert web.post(f"/prefuse/v1/{name}", json={}).status_code == 200
     assert web.post("/prefuse/v1/resolve", json={"prompt": "a <lora:b>"}).json()["text"] == "a cat"
+    compiled = web.get("/prefuse/v1/state").json()["compiled"]
+    assert (compiled["backend"], compiled["blocks"], compiled["recompiles"]) == ("inductor", 25, 0)
 
 
 def test_a_form_of_a_foreign_page_changes_nothing(client):
