@@ -32,19 +32,36 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         JobError: If the file can not be read, or says one key twice.
     """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise JobError(f"{path} can not be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise JobError(f"{path} is no TOML file: {error}") from error
+    return parse_toml(text, str(path))
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """Key → value of a text as of `read_toml`.
+
+    Args:
+        text: The lines.
+        name: Where they come from, for people.
+
+    Raises:
+        JobError: If they can not be read, or say one key twice.
+    """
     reader = next(filter(None, map(_module, _TOML_READERS)), None)
     if reader is None:
         raise JobError("TOML files can not be read here; install a reader with: pip install tomli")
     try:
-        table = reader.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise JobError(f"{path} can not be read: {error.strerror or error}") from error
+        table = reader.loads(text)
     except (ValueError, IndexError) as error:  # the parsers' own errors are ValueErrors; toml also raises the other
-        raise JobError(f"{path} is no TOML file: {str(error).splitlines()[0]}") from error
+        raise JobError(f"{name} is no TOML file: {str(error).splitlines()[0]}") from error
     values: dict[str, Any] = {}
     for key, value in _flat(table):
         if key in values:
-            raise JobError(f"{path} says {key} twice")
+            raise JobError(f"{name} says {key} twice")
         values[key] = value
     return values
 

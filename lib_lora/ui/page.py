@@ -182,7 +182,7 @@ def build(host: Host, language: str, jobs: Jobs | None = None) -> gr.Blocks:
         language: Of its words, or a locale; English if there is no table of it.
         jobs: Where its long jobs run; None for a queue of its own.
     """
-    from lib_lora.ui import analyse, block_weights, compiling, generate, inspect, workshop
+    from lib_lora.ui import analyse, block_weights, compiling, generate, inspect, train, workshop
 
     page = Page(host, Texts(language_of(language)), jobs)
     with new_blocks() as blocks, gr.Column(elem_id="prefuse"):
@@ -193,6 +193,7 @@ def build(host: Host, language: str, jobs: Jobs | None = None) -> gr.Blocks:
             block_weights.build(page)
             analyse.build(page)
             workshop.build(page)
+            train.build(page)
             inspect.build(page)
         gr.HTML(f"<style>{style()}</style>{page.data()}", elem_id="prefuse-data")
         listen(blocks.load, None, js=script())
