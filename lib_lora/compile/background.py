@@ -50,8 +50,13 @@ class Background:
 
     def _next(self) -> Callable[[], None] | None:
         with self._changed:
-            if self._jobs and threading.main_thread().is_alive():
+            if self._jobs and is_running():
                 return self._jobs.popleft()
             self._is_running = False
             self._changed.notify_all()
             return None
+
+
+def is_running() -> bool:
+    """Whether the program goes on; torch can compile little when it ends."""
+    return threading.main_thread().is_alive()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lib_lora.compile.forms import CallForm
 
+RELEASED = "released"
 MOST_FORMS = 64
 """A number that is new in every call would be compiled for without end."""
 MOST_VAIN = 8
@@ -38,7 +39,7 @@ class Block:
         module: The block.
         eager: Its forward as it was.
         variant: The block as it is, or was in the last call, with what was compiled for it.
-        reason: Why it stays eager, a clause, or ``""``.
+        reason: Why it stays eager whatever it will be, a clause, or ``""``.
         is_paused: Whether it computes eagerly for a while.
     """
 
@@ -47,7 +48,7 @@ class Block:
         name: str,
         module: nn.Module,
         ask: Callable[[Block, Variant, CallForm], None],
-        fail: Callable[[Block, Failure], None],
+        fail: Callable[[Block, Variant, Failure], None],
     ) -> None:
         """Take the forward's place.
 
@@ -90,7 +91,7 @@ class Block:
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``forward(*args, **kwargs)``."""
         form = None if torch.is_grad_enabled() or self.is_idle else call_form(self.module, args, kwargs)
-        if form is None or not self._is_known():
+        if form is None or not self._is_known() or self.variant.reason:
             return self.eager(*args, **kwargs)
         if compiled := self.variant.trusted.get(form):
             return self._run(form, compiled, args, kwargs)
@@ -108,7 +109,7 @@ class Block:
 
     def release(self) -> None:
         """Give the forward back; where somebody else put another over it, that one reaches the eager one."""
-        self.reason = "released"
+        self.reason = RELEASED
         self.start_over()
         if vars(self.module).get("forward") is not self._forward:
             return
@@ -142,7 +143,7 @@ class Block:
         elif not is_finite(expected):
             return expected  # no reference; the next call may be one
         elif problem := disagreement(expected, got):
-            self._fail(self, Failure(f"it computes something else: {problem}"))
+            self._fail(self, self.variant, Failure(f"it computes something else: {problem}"))
         else:
             self.variant.trusted[form] = self.variant.built.pop(form)
         return expected
@@ -154,9 +155,10 @@ class Block:
         if failure.is_stale:
             self.variant.asked.discard(form)
             self._count_vain(True, "no graph of it served a second call")
-        self._fail(self, failure)
+        self._fail(self, self.variant, failure)
 
     def _count_vain(self, is_vain: bool, clause: str) -> None:
         self._vain = self._vain + 1 if is_vain else 0
         if self._vain > MOST_VAIN:
-            self._fail(self, Failure(clause))
+            self._fail(self, self.variant, Failure(clause))
+            self.reason = self.reason or clause

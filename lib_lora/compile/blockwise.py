@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lib_lora.compile.attempt import Failure, attempt
-from lib_lora.compile.background import Background
-from lib_lora.compile.block import Block
+from lib_lora.compile.background import Background, is_running
+from lib_lora.compile.block import RELEASED, Block
 from lib_lora.compile.parts import blocks_of
 from lib_lora.compile.protocol import CompileStatus
 from lib_lora.errors import CompileError
@@ -83,7 +83,7 @@ class BlockwiseHandle:
             recompiles=self._recompiles,
             switches=self._switches,
             switch_ms=self._switch_ms,
-            reason=self._reason or self._paused() or self._altered(),
+            reason=self._reason or self._failed() or self._paused() or self._altered(),
         )
 
     def weights_changed(self, layers: Sequence[LayerRef]) -> None:
@@ -118,41 +118,42 @@ class BlockwiseHandle:
     def _build(self, block: Block, variant: Variant, form: CallForm) -> None:
         """Build what was asked for, unless the block is not that way any more, before or after."""
         built = attempt(lambda: self._compiler.build(variant, form)) if _is_still(block, variant) else None
-        if built is None or not _is_still(block, variant):
+        if built is None or not _is_still(block, variant) or not is_running():
             variant.asked.discard(form)
         elif isinstance(built, Failure):
-            self._fail(block, built)
+            self._fail(block, variant, built)
         else:
             variant.built[form] = built
         self._done += 1
 
-    def _fail(self, block: Block, failure: Failure) -> None:
-        """One block computes eagerly from now on; all of them, if the first fails or the others would too."""
+    def _fail(self, block: Block, variant: Variant, failure: Failure) -> None:
+        """A block computes eagerly as long as it is like that; all of them, if the first fails or others would too."""
         if block.reason:
             return  # it was released meanwhile
         if failure.is_stale:
             self._recompiles += 1
             return
         if not failure.is_general and self._compiler.renew():
-            logger.warning(
-                "%s: %s is compiled again, in an empty folder, for %s", self._name, block.name, failure.reason
-            )
+            logger.warning("%s is compiled again, in an empty folder, for %s", block.name, failure.reason)
             block.start_over()
             return
-        sentence = f"{block.name} runs eagerly, for {failure.reason}"
-        logger.warning("%s: %s", self._name, sentence)
+        logger.warning("%s: %s runs eagerly, for %s", self._name, block.name, failure.reason)
         works = any(other.variant.built or other.variant.trusted for other in self._blocks if other is not block)
         if failure.is_general or not works:
             self._give_up(f"{failure.reason} (at {block.name})")
-            return
-        self._reason = self._reason or f"{sentence}."
-        block.reason = failure.reason
+        variant.reason = failure.reason
 
     def _give_up(self, clause: str) -> None:
         self._done += self._background.stop()
         self._reason = f"All of it runs eagerly. {clause.rstrip('.')}."
         for block in self._blocks:
             block.release()
+
+    def _failed(self) -> str:
+        failed = ((block.name, block.reason or block.variant.reason) for block in self._blocks)
+        return next(
+            (f"{name} runs eagerly, for {reason}." for name, reason in failed if reason not in ("", RELEASED)), ""
+        )
 
     def _paused(self) -> str:
         return f"It runs eagerly while {self._pause}." if self._pause else ""
@@ -166,4 +167,4 @@ class BlockwiseHandle:
 
 
 def _is_still(block: Block, variant: Variant) -> bool:
-    return not block.is_idle and variant.is_current
+    return not block.is_idle and not variant.reason and variant.is_current

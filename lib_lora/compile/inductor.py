@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from lib_lora.compile.attempt import NoGraphError
+from lib_lora.compile.background import is_running
 from lib_lora.compile.block import MOST_FORMS
 from lib_lora.compile.blockwise import BlockwiseHandle
 from lib_lora.compile.code_cache import CodeCache
@@ -124,6 +125,8 @@ class _BlockCompiler:
 
     def _lower(self, graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         _refuse_freezing()
+        if not is_running():
+            raise CompileError("the program ends")
         self._graphs += 1
         return self._lowering(graph, inputs)
 

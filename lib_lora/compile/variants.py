@@ -35,6 +35,7 @@ class Variant:
         asked: Forms of calls that are to be built.
         built: Form → compiled, not yet compared.
         trusted: Form → compiled, compared.
+        reason: Why it stays eager, a clause, or ``""``.
     """
 
     def __init__(self, name: str, module: nn.Module, eager: Callable[..., Any]) -> None:
@@ -49,6 +50,7 @@ class Variant:
         self.asked = set["CallForm"]()
         self.built: dict[CallForm, Callable[..., Any]] = {}
         self.trusted: dict[CallForm, Callable[..., Any]] = {}
+        self.reason = ""
         self._parts = list(module.modules())
         self._attributes = [*map(vars, self._parts), *_vars_inside(self._parts)]
         self._were = [_copied(attributes) for attributes in self._attributes]
