@@ -104,6 +104,17 @@ def test_a_job_of_the_tab_is_cancelled_and_the_next_picture_is_whole(tab: TabDri
     assert (webui.draw(f"{PROMPT} <lora:b:0.5>").picture == before).all()
 
 
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_the_webui_reloads_its_page_while_a_job_of_the_tab_runs(tab: TabDriver, webui: WebUI, is_closed: bool) -> None:
+    before = webui.draw(f"{PROMPT} <lora:b:0.5>").picture
+    draw(tab, LONG_STEPS)
+    tab.wait(f"document.querySelector('{FORM} progress')?.value > 0", 120)
+    if is_closed:
+        tab.browser.open("about:blank")
+    webui.reload_page()
+    assert (webui.draw(f"{PROMPT} <lora:b:0.5>").picture == before).all()
+
+
 def test_pictures_of_txt2img_and_of_the_tab_wait_for_each_other(tab: TabDriver, webui: WebUI) -> None:
     wanted = webui.draw(f"{PROMPT} <lora:b:0.5>", steps=LONG_STEPS).picture
     answers: list[np.ndarray] = []
