@@ -118,6 +118,9 @@ class CopyStore:
         """Whether the layer was copied."""
         return key in self._copies
 
+    def __len__(self) -> int:
+        return len(self._copies)
+
     def forget(self, key: str) -> None:
         """Free the copy."""
         self._copies.pop(key, None)
@@ -139,8 +142,8 @@ class CheckpointStore:
     @property
     def label(self) -> str:
         """``checkpoint``, and how many layers had to be copied."""
-        copied = sum(key in self._copies for key in self._tensors)
-        return "checkpoint" if not self._copies.nbytes else f"checkpoint ({copied} layers differ and are copied)"
+        copied = len(self._copies)
+        return f"checkpoint ({copied} layers differ or are not in it, and are copied)" if copied else "checkpoint"
 
     @property
     def nbytes(self) -> int:
@@ -201,8 +204,11 @@ def copy_all(outs: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     Nobody waits for a GPU: what is asked of it next comes after, and sources in pinned RAM must stay as they are.
     """
     foreach: Any = torch.ops.aten._foreach_copy_  # has no types
-    if outs:
+    if outs and outs[0].device.type == "cuda":
         foreach(list(outs), list(sources), True)
+        return
+    for out, source in zip(outs, sources, strict=True):
+        out.copy_(source, non_blocking=True)
 
 
 def _as(stored: Tensor, like: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lib_lora import resolve
+from lib_lora.catalog import LoraCatalog
 from lib_lora.core import patcher as patching
 from lib_lora.core.adapters import load_adapter
 from lib_lora.core.adapters.base import exact_products
@@ -21,6 +23,7 @@ from lib_lora.core.network import load_network
 from lib_lora.core.numerics import Term
 from lib_lora.core.patcher import ModelPatcher
 from lib_lora.core.plan import Scale, make_plan, match_network
+from lib_lora.session import LoraSession
 from tests.gpu_stand_ins import Recorder, Stream, on_stream
 from tests.toys import c3lier, digest, lora_tensors, sd1_unet, write_lora
 
@@ -359,3 +362,19 @@ def test_nothing_is_kept_of_a_set_that_is_larger_than_the_budget(monkeypatch):
         check(entries)
         assert kernel._factors.nbytes == 0
         assert not kernel._recipes
+
+
+def test_plans_of_the_last_requests_are_kept_and_forgotten_with_their_files(tmp_path, monkeypatch):
+    unet, made = sd1_unet(), []
+    session = LoraSession({"unet": unet}, LoraCatalog([tmp_path]))
+    for name in "ab":
+        write_lora(tmp_path / f"{name}.safetensors", c3lier(session.keymap)[:9], seed=ord(name))
+    monkeypatch.setattr(resolve, "make_plan", lambda *given: made.append(1) or make_plan(*given))
+    for name in "abab":
+        session.set([(name, 0.5)])
+    assert len(made) == 2
+    session.cache_bytes = 0
+    session.set([("a", 0.5)])  # the file of the other is forgotten
+    session.set([("b", 0.5)])
+    assert len(made) == 3
+    session.unload()
