@@ -162,6 +162,7 @@ def test_the_infotext_is_that_of_the_webuis_extension_and_names_the_pictures(fol
     assert said["Loras in ControlNet"] == "True"
     assert "(84 in the ControlNet)" not in str(picture.report)
     assert "(168 in the ControlNet)" in str(picture.report)
+    assert "checkpoint (168 layers differ or are not in it, and are copied)" in str(picture.report)
 
 
 def test_a_control_image_of_another_size_is_cropped_to_the_pictures_shape_and_told(folders, drawn):
