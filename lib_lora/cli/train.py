@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
         tell({key: [default, text] for key, default, text in TrainOptions.table()}, _table(), as_json=own["json"])
         return
     options = _read(given)
-    with asked(options) as wishes, _shown() as progress, ExitStack() as stack:
-        outcome = _train(options, wishes, progress, lambda title: stack.enter_context(bar(title)))
+    with asked(options) as wishes, _shown() as (bars, progress):
+        outcome = _train(options, wishes, progress, bars)
     if _is_first():
         tell(outcome.to_dict(), str(outcome), as_json=own["json"])
 
@@ -99,24 +99,33 @@ def asked(options: TrainOptions) -> Generator[Wishes]:
 
 
 @contextmanager
-def _shown() -> Generator[Listener]:
-    """A bar on stderr, where that is a terminal."""
-    from tqdm import tqdm
+def _shown() -> Generator[tuple[Callable[[str], Progress], Listener]]:
+    """One bar at a time on stderr, where that is a terminal: what is done before the first step, then the steps."""
+    from lib_lora.core.saving import no_progress
 
-    with tqdm(desc="training", unit="step", disable=None if _is_first() else True, leave=False) as shown:
+    with ExitStack() as stack:
+
+        def begin(title: str) -> Progress:
+            stack.close()
+            return stack.enter_context(bar(title)) if _is_first() else no_progress
 
         def progress(now: TrainProgress) -> None:
-            if shown.total is None:
-                shown.initial = now.step - 1
-                shown.reset(now.steps)
-                shown.update(now.step - 1)
+            if not steps:
+                stack.close()
+                steps.append(stack.enter_context(_bar_of_steps(now)))
             rates = "/".join(f"{rate:.1e}" for rate in dict.fromkeys(now.rates.values()))
-            shown.set_postfix_str(
-                f"loss {now.mean_loss:.4f}, lr {rates}, {now.memory_bytes / 2**30:.1f} GiB", refresh=False
-            )
-            shown.update(now.step - shown.n)
+            memory = now.memory_bytes / 2**30
+            steps[0].set_postfix_str(f"loss {now.mean_loss:.4f}, lr {rates}, {memory:.1f} GiB", refresh=False)
+            steps[0].update(now.step - steps[0].n)
 
-        yield progress
+        steps: list[Any] = []
+        yield begin, progress
+
+
+def _bar_of_steps(now: TrainProgress) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(desc="training", unit="step", initial=now.step - 1, total=now.steps, disable=None, leave=False)
 
 
 def _is_first() -> bool:

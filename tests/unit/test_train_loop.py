@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import load_file
 from train_runs import load_tiny, options_for, run, same, tensors_of, tiny_folder, write_pictures
@@ -70,6 +69,8 @@ def begun(model, pictures, tmp_path_factory) -> Path:
 
 def with_adapters(module: nn.Module, targets: list[str], prefix: str, file: dict[str, Tensor]) -> dict[str, Any]:
     """PEFT's adapters in a module, with the factors of a file of kohya's: name in the file → layer."""
+    from peft import LoraConfig, inject_adapter_in_model
+
     inject_adapter_in_model(LoraConfig(r=3, lora_alpha=2, target_modules=targets), module)
     layers = {}
     for path, layer in module.named_modules():

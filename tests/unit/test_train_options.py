@@ -109,6 +109,7 @@ def test_a_file_that_says_a_key_twice_or_is_none_is_refused(tmp_path):
         read_toml(tmp_path / "missing.toml")
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("reader", ["tomlkit", "toml"])
 def test_a_python_without_a_reader_of_its_own_takes_another(tmp_path, monkeypatch, reader):
     monkeypatch.setattr("lib_lora.train.option_values._TOML_READERS", ("no_such_module", reader))
