@@ -100,15 +100,11 @@ def add_settings(compile_status: Callable[[], str], compile_anew: Callable[[], N
     """
     import gradio as gr
 
-    def add(name: str, default: Any, label: str, info: str, *component: Any, **more: Any) -> None:
-        shown = shared.OptionInfo(default, label, *component, section=SECTION, **more).info(info)
-        shared.opts.add_option(name, shown)
-
     def radio(choices: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
         return gr.Radio, {"choices": list(choices)}
 
-    add("prefuse_enabled", True, "Apply LoRAs with Prefuse", "off: the built-in extension applies them")
-    add(
+    _add("prefuse_enabled", True, "Apply LoRAs with Prefuse", "off: the built-in extension applies them")
+    _add(
         "prefuse_mode",
         "auto",
         "How LoRAs are applied",
@@ -116,7 +112,7 @@ def add_settings(compile_status: Callable[[], str], compile_anew: Callable[[], N
         "auto: prefuse, or hook if the built-in extension's functional method is on",
         *radio(MODES),
     )
-    add(
+    _add(
         "prefuse_compat",
         "exact",
         "Arithmetic",
@@ -125,14 +121,14 @@ def add_settings(compile_status: Callable[[], str], compile_anew: Callable[[], N
         *radio(COMPATS),
         infotext=COMPAT_FIELD,
     )
-    add(
+    _add(
         "prefuse_base_store",
         "auto",
         "Where the untouched weights are kept while LoRAs are in the model",
         "device: beside the model; pinned: in RAM; file: nowhere, they are read from the checkpoint",
         *radio(STORES),
     )
-    add(
+    _add(
         "prefuse_compile",
         COMPILERS[0],
         "Compile the UNet",
@@ -143,11 +139,16 @@ def add_settings(compile_status: Callable[[], str], compile_anew: Callable[[], N
         onchange=compile_anew,
         refresh=lambda: None,
     )
-    add(
+    _add(
         "prefuse_language",
         "auto",
         "Language of the Prefuse tab",
         "auto: that of the localization; takes effect when the page is reloaded",
         *radio(LANGUAGES),
     )
-    add("prefuse_cache_mb", CACHE_MB, "Memory for LoRAs that were used before, in MB", "", gr.Number, {"precision": 0})
+    _add("prefuse_cache_mb", CACHE_MB, "Memory for LoRAs that were used before, in MB", "", gr.Number, {"precision": 0})
+
+
+def _add(name: str, default: Any, label: str, info: str, *component: Any, **more: Any) -> None:
+    shown = shared.OptionInfo(default, label, *component, section=SECTION, **more).info(info)
+    shared.opts.add_option(name, shown)
