@@ -46,6 +46,8 @@ RANK, BATCH, PICTURES = 16, 2, 8
 ROUNDS = 12
 STEPS = 100_000
 RATE = 1e-4
+LESS_MEMORY = 0.95
+"""The weights of the model are in both."""
 SIDE = {"sd15": 256, "small": 64}
 GPU_SIDE = {"sd15": 512, "small": 64}
 PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
@@ -235,9 +237,11 @@ def measure_memory(bench: Bench, given: Sequence[str], report: Report) -> None:
         for which in ("off", "on")
     ]
     rows = [(which, f"{peak / 2**30:.2f} GiB") for which, peak in zip(("off", "on"), peaks, strict=True)]
-    claim = Claim("peak memory with gradient checkpointing, of that without", peaks[1] / peaks[0], 1.0)
+    promise = "peak memory with gradient checkpointing, of that without"
+    # Of a small model nearly all memory is that of the libraries.
+    claims = [Claim(promise, peaks[1] / peaks[0], LESS_MEMORY)] if bench.options.model != "small" else []
     columns = ("gradient checkpointing", "on the GPU" if bench.options.device.type == "cuda" else "of the process")
-    report.add(Table("Peak memory, latents and text cached", columns, rows), [claim])
+    report.add(Table("Peak memory, latents and text cached", columns, rows), claims)
 
 
 def measure_peak(given: list[str]) -> int:
