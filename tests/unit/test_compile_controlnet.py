@@ -184,3 +184,38 @@ def test_each_model_is_told_of_its_own_layers_alone(inductor):
     assert told == [("unet", {"unet"}), ("controlnet", {"controlnet"}), ("unet", {"unet"})]
     assert handle.status.switches == 2
     handle.release()
+
+
+@pytest.mark.slow
+@pytest.mark.newest
+def test_pictures_of_a_compiled_pipeline_with_a_controlnet_are_those_of_an_eager_one(inductor, tmp_path):
+    from PIL import Image, ImageChops
+
+    from lib_lora.hosts.host import Control, GenerateRequest
+    from lib_lora.hosts.standalone.demo import LORA_DIR
+    from lib_lora.hosts.standalone.generate import generate
+    from lib_lora.hosts.standalone.host import open_session
+    from lib_lora.hosts.standalone.loading import load_pipeline
+
+    controlnet_of(load_pipeline("demo", "cpu").pipe.unet).save_pretrained(tmp_path / "edges")
+    control = Control(Image.radial_gradient("L").convert("RGB"))
+    options = {"device": "cpu", "controlnets": [tmp_path / "edges"], "control_follows": True}
+
+    def pictures(compiler):
+        loaded, session = open_session("demo", LoraCatalog([LORA_DIR]), compiler=compiler, **options)
+        texts = ("a red circle", "a red circle <lora:stripes:1>", "a red circle <lora:outline:0.5>", "a red circle")
+        for warming in (texts[0], texts[0]) if compiler != "off" else ():
+            generate(loaded, session, GenerateRequest(warming, steps=2, controls=(control,)))
+            assert loaded.handle.wait(WAIT_SECONDS)
+        dynamo_config.error_on_recompile = True
+        drawn = [generate(loaded, session, GenerateRequest(text, steps=3, controls=(control,)))[0] for text in texts]
+        status = loaded.handle.status
+        loaded.handle.release()
+        return [one.image for one in drawn], status
+
+    eager, _ = pictures("off")
+    got, status = pictures("inductor")
+    assert (len(status.compiled), status.recompiles, status.reason) == (status.blocks, 0, "")
+    differences = [ImageChops.difference(*pair).getextrema() for pair in zip(got, eager, strict=True)]
+    assert max(most for channels in differences for _, most in channels) <= 1
+    assert ImageChops.difference(eager[0], eager[1]).getbbox()
