@@ -28,7 +28,7 @@ from lib_lora.ui.train_run import Made, Preview, Watch, missing_libraries, previ
 from lib_lora.ui.versions import listen, uploaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from lib_lora.core.saving import Progress
@@ -42,6 +42,11 @@ OPEN = ("network", "course")
 """Sections that are open at first."""
 FREE = ("optimizer_type", "lr_scheduler")
 """Lists where another name may be written."""
+CHOICES: Mapping[str, tuple[str, str, Callable[[Page], list[str]]]] = {
+    "network": ("lora", "train.lora", lambda page: [NONE, *page.lora_names()]),
+    "more": ("reg", "train.reg_folder", lambda page: [NONE, *picture_folders(page.host)]),
+}
+"""Section → answer, key and choices of a list in it."""
 LONG = (*FIELDS["blocks"], *FIELDS["samples"][:1], *FIELDS["more"])
 NARROW, WIDE, WIDEST = 130, 280, 400
 """Least width of a control in pixels."""
@@ -82,13 +87,14 @@ class Sheet:
             controls["model"] = page.choice("train.model", lambda: [*page.host.models()], value=_first_model(page))
             controls["pictures"] = page.choice("train.pictures", lambda: [*picture_folders(page.host)])
         for section, fields in FIELDS.items():
-            with gr.Accordion(page.texts(f"train.section.{section}"), open=section in OPEN), gr.Row():
-                controls |= {field.name: self._field(field) for field in fields}
-                if section == "network":
-                    controls["lora"] = page.choice("train.lora", lambda: [NONE, *page.lora_names()], value=NONE)
-                if section == "more":
-                    folders = lambda: [NONE, *picture_folders(page.host)]  # noqa: E731
-                    controls["reg"] = page.choice("train.reg_folder", folders, value=NONE)
+            with gr.Accordion(page.texts(f"train.section.{section}"), open=section in OPEN):
+                with gr.Row():
+                    controls |= {field.name: self._field(field) for field in fields if field.kind != "tick"}
+                    if section in CHOICES:
+                        name, key, source = CHOICES[section]
+                        controls[name] = page.choice(key, partial(source, page), value=NONE)
+                # Newest gradio squeezes them in a row.
+                controls |= {field.name: self._field(field) for field in fields if field.kind == "tick"}
         with gr.Row():
             controls["name"] = page.add(gr.Textbox, "train.name", max_lines=1, value="")
             self._replace = page.add(gr.Checkbox, "train.replace", value=False)
