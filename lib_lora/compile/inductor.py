@@ -18,6 +18,7 @@ from lib_lora.compile.block import MOST_FORMS
 from lib_lora.compile.blockwise import BlockwiseHandle
 from lib_lora.compile.code_cache import CodeCache
 from lib_lora.compile.forms import tensors_in, within
+from lib_lora.compile.recorded import Recorded
 from lib_lora.errors import CompileError
 
 if TYPE_CHECKING:
@@ -58,25 +59,22 @@ class Inductor:
         Args:
             cache: Folder in which compiled code survives a restart; None for torch's own, a temporary one. A folder
                 that TORCHINDUCTOR_CACHE_DIR names goes before.
-            cuda_graphs: Record each block as a CUDA graph, for GPUs that wait for their launches.
+            cuda_graphs: Record small blocks as CUDA graphs, for GPUs that wait for their launches.
             lowering: What makes code of a graph, in place of inductor.
         """
         self._cache = cache
-        self._options: dict[str, Any] = {"triton.cudagraphs": True} if cuda_graphs else {}
+        self._records = cuda_graphs
         self._lowering = lowering
 
     def prepare(self, model: nn.Module) -> BlockwiseHandle:
         """Blocks are compiled after their first call.
 
         Raises:
-            CompileError: If inductor would freeze the weights, torch is too old for CUDA graphs, or the model has no
-                blocks.
+            CompileError: If inductor would freeze the weights, or the model has no blocks.
         """
         _refuse_freezing()
-        if self._options and not hasattr(torch.compiler, "cudagraph_mark_step_begin"):
-            raise CompileError(f"torch {torch.__version__} is too old for CUDA graphs; compile without them.")
         cache = None if self._lowering else CodeCache(self._cache)
-        compiler = _BlockCompiler(self._lowering or self._lower, cache, copies=bool(self._options))
+        compiler = _BlockCompiler(self._lowering or self._lower, cache, records=self._records)
         return BlockwiseHandle(model, self.name, compiler)
 
     def _lower(self, graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -84,14 +82,15 @@ class Inductor:
         from torch._inductor.compile_fx import compile_fx
 
         known = {"fx_graph_cache": True} if hasattr(config, "fx_graph_cache") else {}
-        return cast("Callable[..., Any]", compile_fx(graph, inputs, config_patches={**known, **self._options}))
+        patches = {**known, "triton.cudagraphs": False}  # they would belong to the thread that compiles
+        return cast("Callable[..., Any]", compile_fx(graph, inputs, config_patches=patches))
 
 
 class _BlockCompiler:
     """Compiles in the background; where a picture is drawn, graphs are only ever looked up."""
 
-    def __init__(self, lowering: Lowering, cache: CodeCache | None, *, copies: bool) -> None:
-        self._lowering, self._cache, self._copies = lowering, cache, copies
+    def __init__(self, lowering: Lowering, cache: CodeCache | None, *, records: bool) -> None:
+        self._lowering, self._cache, self._records = lowering, cache, records
         self._graphs = 0
         # torch never forgets a backend, and this must not keep the model alive
         self._compiled = WeakKeyDictionary["Variant", "dict[Surroundings, _Compiled]"]()
@@ -114,7 +113,7 @@ class _BlockCompiler:
             raise (CompileError(DISABLED) if not self._graphs else RuntimeError("torch makes no graph of it")) from None
         if self._cache:
             self._cache.keep()
-        return _copying(compiled.run) if self._copies else compiled.run
+        return Recorded(compiled.run, block.module) if self._records else compiled.run
 
     def renew(self) -> bool:
         """Compile in an empty folder from now on."""
@@ -154,7 +153,7 @@ class _Compiled:
         call.__code__ = call.__code__.replace(co_name=f"call_{id(self)}")
         self._compile = cast("Any", torch).compile(call, backend=lower)
         self._run = dynamo.run(call)
-        weakref.finalize(self, cast("Any", eval_frame).reset_code, call.__code__)
+        weakref.finalize(self, cast("Any", eval_frame).reset_code, call.__code__).atexit = False
 
     def warm_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compile what this call needs; no picture waits for it, so that nobody's ``error_on_recompile`` counts."""
@@ -183,22 +182,6 @@ def _mark_sizes(arguments: tuple[Any, ...]) -> None:
     for tensor in tensors_in(arguments):
         for size in {3: (1,), 4: (2, 3)}.get(tensor.ndim, ()):
             maybe_mark_dynamic(tensor, size)
-
-
-def _copying(recorded: Callable[..., Any]) -> Callable[..., Any]:
-    """A CUDA graph writes its results to the same memory each time, and a UNet keeps them for its later blocks."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
-        return _copy(recorded(*args, **kwargs))
-
-    return call
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    return type(value)(map(_copy, value)) if type(value) in (list, tuple) else value
 
 
 def _refuse_freezing() -> None:

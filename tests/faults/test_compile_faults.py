@@ -153,6 +153,16 @@ def test_freezing_is_refused_before_and_after(monkeypatch):
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
+def test_cuda_graphs_are_not_recorded_where_there_is_no_gpu():
+    model = Toy().eval().requires_grad_(False)
+    expected = run(model)
+    handle = prepare(model, Inductor(lowering=working, cuda_graphs=True))
+    for _ in range(4):
+        assert torch.equal(run(model), expected)
+        assert handle.wait(WAIT_SECONDS)
+    assert handle.status.compiled == ("down_blocks.0", "mid_block")
+
+
 def test_torch_compile_that_is_switched_off_is_noticed():
     dynamo_config.disable = True
     _, handle, right = drawn_with(working)
