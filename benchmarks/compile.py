@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from benchmarks.synthetic import LoraSet
     from lib_lora.compile.protocol import Handle
 
-LATENT = {"sd15": 32, "sdxl": 64, "small": 8}
+LATENT = {"sd15": 16, "sdxl": 32, "small": 8}
 GPU_LATENT = {"sd15": 64, "sdxl": 128, "small": 8}
 SWITCHES = 100
 SET_SIZE = 5
