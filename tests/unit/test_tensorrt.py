@@ -223,7 +223,7 @@ def test_doctor_says_why_it_can_not_be_used_and_what_to_do(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", import_module)
     (found,) = [found for found in doctor.examine() if found.topic == "tensorrt"]
-    assert found.value == "2.12.1, not usable"
+    assert found.value == "not usable (torch_tensorrt 2.12.1)"
     assert "no libnvinfer.so.11" in found.advice
     assert "pip install torch_tensorrt" in found.advice
 
