@@ -81,8 +81,11 @@ class Inductor:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
-        known = {"fx_graph_cache": True} if hasattr(config, "fx_graph_cache") else {}
-        patches = {**known, "triton.cudagraphs": False}  # they would belong to the thread that compiles
+        patches: dict[str, Any] = {"triton.cudagraphs": False}  # they would belong to the thread that compiles
+        if hasattr(config, "fx_graph_cache"):
+            patches["fx_graph_cache"] = True
+        if _is_on_cpu(inputs):  # each call would reorder the convolutions' weights, and take up to twice the time
+            patches["layout_optimization"] = False
         return cast("Callable[..., Any]", compile_fx(graph, inputs, config_patches=patches))
 
 
@@ -170,6 +173,11 @@ class _Compiled:
             NoGraphError: If no graph serves this call, whatever it is that changed.
         """
         return self._run(*args, **kwargs)
+
+
+def _is_on_cpu(inputs: Sequence[object]) -> bool:
+    """Whether a graph computes there; sizes are among its inputs."""
+    return any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in inputs)
 
 
 def _mark_sizes(arguments: tuple[Any, ...]) -> None:
