@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _KEY = "prefuse_training_state"
-_NAME = re.compile(r"step-(\d{8})\.safetensors")
+_NAME = re.compile(r"step-\d{8}\.safetensors")
 _OPTIMIZER = "optimizer."
 _DIFFERENCES_SHOWN = 4
 
@@ -71,7 +71,7 @@ def read_state(path: Path, course: Mapping[str, Any]) -> State:
     """A state to go on from.
 
     Args:
-        path: Its file, or a folder of states, of which the newest is taken.
+        path: Its file, or a folder of states, of which the last written is taken.
         course: What the state must agree with.
 
     Raises:
@@ -115,8 +115,9 @@ def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], number
 
 
 def _states(folder: Path) -> list[Path]:
-    """Files of states, the newest last."""
-    return sorted(path for path in folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name))
+    """Files of states, the last written last: those of an older training may be of later steps."""
+    found = [path for path in folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 def _newest(path: Path) -> Path:
