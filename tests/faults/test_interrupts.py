@@ -89,6 +89,7 @@ class Interrupts:
             pass
         finally:
             sys.settrace(None)
+            torch.set_grad_enabled(True)  # an interrupt right before the end of no_grad leaves it off
 
 
 def is_right_afterwards(session: LoraSession, block: nn.Module, expected: dict[str, str]) -> bool:
