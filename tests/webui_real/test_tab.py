@@ -82,7 +82,7 @@ def shown(tab: TabDriver) -> list[np.ndarray]:
 
 def test_the_tab_has_all_but_the_drawing_that_txt2img_does(tab: TabDriver) -> None:
     titles = tab.texts("#prefuse-tabs > .tab-nav > button")
-    assert titles == ["Block weights", "Analyse", "Workshop", "Inspect"]
+    assert titles == ["Block weights", "Analyse", "Workshop", "Train", "Inspect"]
 
 
 def test_pictures_of_blocks_are_those_that_txt2img_makes(tab: TabDriver, webui: WebUI) -> None:

@@ -12,6 +12,7 @@ from modules import cache, paths_internal, sd_models
 
 from lib_lora.catalog import LoraCatalog
 from lib_lora.core.keymap import KeyMap
+from lib_lora.errors import ModelError
 from lib_lora.hosts.guard import attempt, logger
 from lib_lora.hosts.webui.loaded import checkpoint_file, lora_folders
 from lib_lora.presets import WEIGHTS_FILE, PresetFiles
@@ -85,8 +86,10 @@ class Sessions:
         """The session of a model, made if there is none yet.
 
         Raises:
-            ModelError: If no part of the model has layers that LoRAs can act on.
+            ModelError: If there is no model, or no part of it has layers that LoRAs can act on.
         """
+        if sd_model is None:
+            raise ModelError("no model is loaded; choose a checkpoint that can be loaded")
         session = self.known(sd_model)
         if session is not None and self._entries[sd_model].store != settings.store:
             self.release(sd_model)
