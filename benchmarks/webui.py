@@ -139,18 +139,29 @@ def tagged(count: int, last: float = 0.5) -> str:
     return TEXT + "".join(f" <lora:{name}:{last if name == names[-1] else 0.3}>" for name in names)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.webui", description=__doc__.splitlines()[0])
+def parser_of(module: str, description: str) -> argparse.ArgumentParser:
+    """Options that each benchmark of the WebUI has."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description.splitlines()[0])
     parser.add_argument("--channels", type=int, default=CHANNELS, help="width of the UNet's first level (SD1: 320)")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--step-rounds", type=int, default=9)
-    parser.add_argument("--brief", action="store_true", help="both sides' defaults alone, for wide models")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, str]:
+    """What was given, and the WebUI's interpreter; ends the program if there is no WebUI."""
     given = parser.parse_args(argv)
     if "WEBUI_ROOT" not in os.environ:
         parser.error("set WEBUI_ROOT to the folder of a WebUI v1.10.1, WEBUI_PYTHON to its interpreter")
-    python = os.environ.get("WEBUI_PYTHON", sys.executable)
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+    return given, os.environ.get("WEBUI_PYTHON", sys.executable)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = parser_of("webui", __doc__)
+    parser.add_argument("--step-rounds", type=int, default=9)
+    parser.add_argument("--brief", action="store_true", help="both sides' defaults alone, for wide models")
+    given, python = parse(parser, argv)
     options = options_of("webui", given.channels, given.out)
     report = Report("webui", options, "fp32", versions=versions_of(python), file=_stem(given.channels))
     with tempfile.TemporaryDirectory(prefix="prefuse-bench-") as folder:

@@ -6,7 +6,6 @@ Needs a WebUI v1.10.1: its folder in ``WEBUI_ROOT``, its interpreter in ``WEBUI_
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import statistics
@@ -18,11 +17,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from benchmarks.common import RESULTS, Claim, Report, Table, seconds
+from benchmarks.common import Claim, Report, Table, seconds
 from benchmarks.timing import Case, Sample, spread, take_turns
-from benchmarks.webui import CHANNELS, MORE_STEPS, SIZE, STEPS, TEXT, Bench, options_of, tagged, versions_of
+from benchmarks.webui import (
+    CHANNELS,
+    MORE_STEPS,
+    SIZE,
+    STEPS,
+    TEXT,
+    Bench,
+    options_of,
+    parse,
+    parser_of,
+    tagged,
+    versions_of,
+)
 from tests.webui_real.make_models import make_models
 from tests.webui_real.server import WebUI
 
@@ -75,15 +84,7 @@ class Both:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.webui_compile", description=__doc__.splitlines()[0])
-    parser.add_argument("--channels", type=int, default=CHANNELS, help="width of the UNet's first level (SD1: 320)")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    given = parser.parse_args(argv)
-    if "WEBUI_ROOT" not in os.environ:
-        parser.error("set WEBUI_ROOT to the folder of a WebUI v1.10.1, WEBUI_PYTHON to its interpreter")
-    python = os.environ.get("WEBUI_PYTHON", sys.executable)
-    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+    given, python = parse(parser_of("webui_compile", __doc__), argv)
     options = options_of("webui_compile", given.channels, given.out)
     stem = "webui-compile" if given.channels == CHANNELS else f"webui-compile-{given.channels}"
     report = Report("webui_compile", options, "fp32", versions=versions_of(python), file=stem)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lib_lora.catalog import LoraCatalog
 from lib_lora.hosts.host import GenerateRequest
@@ -33,8 +33,9 @@ def load_model(options: ModelOptions) -> LoadedModel:
         FileError: If a file can not be read.
     """
     named = options.pretrained_model_name_or_path
-    prediction = {None: "auto", True: "v", False: "epsilon"}[options.v_parameterization]
-    return load_pipeline(named, "cpu", "fp32", tokenizer=options.tokenizer, prediction=prediction)  # type: ignore[arg-type]
+    predictions: dict[bool | None, Literal["auto", "epsilon", "v"]] = {None: "auto", True: "v", False: "epsilon"}
+    prediction = predictions[options.v_parameterization]
+    return load_pipeline(named, "cpu", "fp32", tokenizer=options.tokenizer, prediction=prediction)
 
 
 def model_to_train(loaded: LoadedModel, options: ModelOptions) -> TrainModel:
