@@ -79,14 +79,15 @@ class LoraLayer(nn.Module):
             return output
         if share and self.training and torch.rand(1).item() < share:
             return output
-        return output + self._change(args[0], strength).to(output.dtype)
+        hidden, up = self._hidden(args[0], strength)
+        return _added(self.lora_up, output, hidden.to(output.dtype), up)
 
     def forward(self, x: Tensor) -> Tensor:
         """The change at strength 1: (N, …, in) → (N, …, out), or (N, in, h, w) → (N, out, h', w')."""
-        return self._change(x, 1.0)
+        return _product(self.lora_up, *self._hidden(x, 1.0))
 
-    def _change(self, x: Tensor, strength: float | Tensor) -> Tensor:
-        """Scaled between the factors, where the numbers are fewest."""
+    def _hidden(self, x: Tensor, strength: float | Tensor) -> tuple[Tensor, Tensor]:
+        """What comes between the factors, where the numbers are fewest: scaled; and up."""
         down, up, scale = self.factors()
         hidden = _product(self.lora_down, x, down)
         if self.training and self.dropouts.neuron:
@@ -95,8 +96,9 @@ class LoraLayer(nn.Module):
             hidden = hidden * _kept_ranks(hidden, self.dropouts.rank, self.lora_down)
             scale /= 1 - self.dropouts.rank
         if isinstance(strength, torch.Tensor):
+            strength = strength.repeat_interleave(len(hidden) // len(strength))  # a long caption has several pieces
             strength = strength.to(hidden.device, hidden.dtype).reshape(-1, *(1,) * (hidden.ndim - 1))
-        return _product(self.lora_up, hidden * (strength * scale), up)
+        return hidden * (strength * scale), up
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """down, up and scale of a forward."""
@@ -181,6 +183,16 @@ def _product(layer: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return functional.linear(x, weight)
     return layer._conv_forward(x, weight, None)  # pyright: ignore[reportPrivateUsage] -- knows every padding mode
+
+
+def _added(layer: nn.Linear | nn.Conv2d, output: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
+    """The output, and up of hidden added by the product's own kernel; `layer` is that of `up`."""
+    up = up.to(hidden.dtype)
+    if isinstance(layer, nn.Linear):
+        flat = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), up.t())
+    else:
+        flat = torch.baddbmm(output.flatten(2), up.flatten(1).expand(len(hidden), -1, -1), hidden.flatten(2))
+    return flat.reshape(output.shape)
 
 
 def _kept_ranks(hidden: Tensor, share: float, layer: nn.Module) -> Tensor:
