@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from lib_lora.train.adapters import DyloraLayer, LoraLayer, Units
 from lib_lora.train.groups import Rates, parameter_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
@@ -91,6 +92,18 @@ class TrainNetwork(nn.Module):
         """Strength of the effect: a number, or one for each picture of the next batches, (N,)."""
         for layer in self.layers.values():
             layer.multiplier = multiplier
+
+    @contextmanager
+    def multiplied(self, multipliers: Tensor | None) -> Generator[None]:
+        """Inside of it, forward and backward of a batch, each picture has its own strength, (N,); None for 1 of all."""
+        if multipliers is None:
+            yield
+            return
+        self.set_multiplier(multipliers)
+        try:
+            yield
+        finally:
+            self.set_multiplier(1.0)
 
     def groups(
         self, unet_lr: float | None, text_encoder_lr: float | None, default_lr: float | None

@@ -223,8 +223,9 @@ def _made(folder: Path) -> Path:
 
 
 def _of_pictures(dataset: Dataset) -> list[Any]:
-    """What tells a training set from others: names, sizes in pixels and repeats."""
-    text = "\n".join(f"{one.name} {one.size} {one.repeats} {one.caption}" for one in dataset.pictures)
+    """What tells a training set from others: names, sizes in pixels, repeats, captions and strengths."""
+    facts = ((one.name, one.size, one.repeats, one.caption, one.network_multiplier) for one in dataset.pictures)
+    text = "\n".join(" ".join(map(str, fact)) for fact in facts)
     return [len(dataset.pictures), zlib.crc32(text.encode())]
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from lib_lora.train.metadata import Reached, TrainingFacts
     from lib_lora.train.model import TrainModel
+    from lib_lora.train.network import TrainNetwork
     from lib_lora.train.options import TrainOptions
 
 SAVED = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,7 +41,7 @@ class Trainee(Protocol):
         ...
 
     @property
-    def network(self) -> nn.Module | None:
+    def network(self) -> TrainNetwork | None:
         """`module` if it is attached to the model, None if it is a part of it."""
         ...
 

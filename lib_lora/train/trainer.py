@@ -12,7 +12,7 @@ from torch import nn
 
 from lib_lora.core.memory import OUT_OF_MEMORY
 from lib_lora.core.saving import no_progress
-from lib_lora.errors import TrainError
+from lib_lora.errors import JobError, TrainError
 from lib_lora.train.averages import MovingAverage
 from lib_lora.train.control import Wish, go
 from lib_lora.train.data.class_pictures import missing_class_pictures
@@ -31,6 +31,7 @@ from lib_lora.train.trainees import make_trainee
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -85,6 +86,8 @@ def train(
     accelerator = make_accelerator(options.run, options.optimizer.gradient_accumulation_steps)
     _draw_class_pictures(accelerator, model, options, draw_picture, bars)
     dataset = open_dataset(options.data, bars("looking at pictures"))
+    if options.model.full and dataset.is_multiplied:
+        raise JobError("network_multiplier is a network's strength, and full trains none; leave it out of the list")
     identity = weights_fingerprint(model.unet.parameters())
     torch.manual_seed(options.data.seed)  # of the weights that a network begins with
     with _trainee(model, options) as trainee:
@@ -278,18 +281,22 @@ class Training:
         """Gradients of a step's batches; their mean loss."""
         losses: list[Tensor] = []
         for _ in range(self._accumulated):
-            batch = next(batches)
+            batch = next(batches).to(self.accelerator.device)
             # Dropouts draw from torch's chance: it is that of this batch, whatever was drawn before.
             torch.manual_seed(mixed_seed(self.options.data.seed + _CHANCE, batch.step))
-            with self.accelerator.accumulate(self._objective):
+            with self.accelerator.accumulate(self._objective), self._multiplied(batch):
                 loss = self._loss(batch)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
         return float(self.accelerator.reduce(torch.stack(losses).mean(), "mean"))
 
+    def _multiplied(self, batch: Batch) -> AbstractContextManager[None]:
+        """Inside of it, the network has the strengths of the batch's pictures."""
+        network = self.trainee.network
+        return nullcontext() if network is None else network.multiplied(batch.network_multipliers)
+
     def _loss(self, batch: Batch) -> Tensor:
         loss, device = self.options.loss, self.accelerator.device
-        batch = batch.to(device)
         moments = self._encoders.moments_of(batch)
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         times = (loss.min_timestep, loss.max_timestep)

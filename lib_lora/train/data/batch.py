@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_TENSORS = ("weights", "time_ids", "network_multipliers", "pixels", "latents")
+
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """As `torch.stack`, of tensors on the CPU that have a dimension, in this thread.
@@ -36,6 +38,8 @@ class Batch:
             depends on it.
         weights: (N,) float32: each picture's loss is multiplied by it before the mean over N is taken. It has
             `prior_loss_weight` in it, and makes the mean over all processes that of the batch, 0 for what fills up.
+        network_multipliers: (N,) float32: strength of the network while each picture is learned; None where it is 1 for
+            all pictures of the set.
         time_ids: (N, 6) int64, what SDXL is told: height and width of the original, top and left of the crop, height
             and width of the bucket. The crop is that of the scaled picture, as in SDXL's paper and diffusers' script;
             kohya tells how far the uncropped picture would be from the bucket's borders.
@@ -51,6 +55,7 @@ class Batch:
     places: tuple[int, ...]
     weights: Tensor
     time_ids: Tensor
+    network_multipliers: Tensor | None = None
     pixels: Tensor | None = None
     latents: Tensor | None = None
     texts: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
@@ -65,5 +70,5 @@ class Batch:
         return replace(self, **moved, texts=texts)
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = {name: getattr(self, name) for name in ("weights", "time_ids", "pixels", "latents")}
+        found = {name: getattr(self, name) for name in _TENSORS}
         return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -49,6 +49,11 @@ class Dataset:
     pictures: tuple[Picture, ...]
     report: DataReport
 
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether any picture is learned at another strength of the network than 1."""
+        return any(picture.network_multiplier != 1 for picture in self.pictures)
+
     def buckets(self) -> Mapping[Size, list[int]]:
         """Size, ascending → indices of its pictures, each as often as it is used in an epoch."""
         return _buckets(self.pictures)
@@ -89,6 +94,7 @@ def open_dataset(options: DataOptions, progress: Progress = no_progress) -> Data
     wanted, named = _counts(pictures)
     notes += [f"only {wanted} of {named} regularisation pictures are used, as many as others"] if named > wanted else []
     matched = _matched(pictures, wanted)
+    notes += _note_of_strengths(matched)
     report = DataReport(
         folders=tuple(_told(folder, found) for folder in folders),
         buckets=tuple(BucketReport(size, len(indices)) for size, indices in _buckets(matched).items()),
@@ -136,7 +142,8 @@ def _pictures(folder: Folder, found: Mapping[Path, _Usable | str], base: Path) -
         if not isinstance(usable := found[entry.path], str):
             (size, identity), fit = usable
             name = _name(folder, entry.path, base)
-            yield Picture(name, entry.path, identity, size, fit, entry.caption, folder.repeats, is_reg=folder.is_reg)
+            strength = entry.network_multiplier
+            yield Picture(name, entry.path, identity, size, fit, entry.caption, folder.repeats, folder.is_reg, strength)
 
 
 def _skipped(folder: Folder, found: Mapping[Path, _Usable | str]) -> Iterator[Skipped]:
@@ -150,6 +157,12 @@ def _name(folder: Folder, path: Path, base: Path) -> str:
     if folder.is_list:
         return (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
     return f"{'reg/' if folder.is_reg else ''}{folder.name}/{path.name}"
+
+
+def _note_of_strengths(pictures: Iterable[Picture]) -> list[str]:
+    strengths = [one.network_multiplier for one in pictures if one.network_multiplier != 1]
+    what = f"{len(strengths)} pictures are learned with the network at another strength than 1"
+    return [f"{what}: {min(strengths):g} to {max(strengths):g}"] if strengths else []
 
 
 def _counts(pictures: Iterable[Picture]) -> tuple[int, int]:

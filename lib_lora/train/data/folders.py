@@ -28,11 +28,13 @@ class Entry:
         path: Its file.
         caption: What it shows.
         has_caption: Whether it has a caption of its own, and not only the folder's name.
+        network_multiplier: Strength of the network while it is learned.
     """
 
     path: Path
     caption: str
     has_caption: bool = True
+    network_multiplier: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,18 @@ if TYPE_CHECKING:
 
 _PATHS = ("file_name", "image_path", "image", "path")
 _TEXTS = ("text", "caption", "prompt")
+LARGEST_MULTIPLIER = 100.0
+"""Strengths beyond are mistakes, and fp16 does not hold all of them."""
 
 
 def read_list(path: Path, options: DataOptions) -> Folder:
     """The pictures of a list; what is missing is named and left out.
 
+    A picture may have a ``network_multiplier``, kohya's word for the strength of the network while it is learned.
+
     Raises:
         FileError: If the list can not be read.
-        JobError: If it is no list of pictures, or names none.
+        JobError: If it is no list of pictures, or names none; if a multiplier is no number.
     """
     base = options.picture_folder
     entries: list[Entry] = []
@@ -35,7 +39,7 @@ def read_list(path: Path, options: DataOptions) -> Folder:
         if isinstance(picture, str):
             skipped.append(Skipped(name, picture))
         else:
-            entries.append(_entry(picture, facts, options.caption_separator))
+            entries.append(_entry(picture, facts, options.caption_separator, _multiplier(facts, name, path)))
     if not entries and not skipped:
         raise JobError(f"{shown(path)} names no pictures")
     return Folder(path.name, tuple(entries), options.dataset_repeats, skipped=tuple(skipped), is_list=True)
@@ -82,11 +86,25 @@ def _found(base: Path, name: str) -> Path | str:
         return reason_of(error)
 
 
-def _entry(picture: Path, facts: Mapping[str, Any], separator: str) -> Entry:
+def _multiplier(facts: Mapping[str, Any], name: str, path: Path) -> float:
+    """Strength of the network for a picture; 1 if nothing is said."""
+    value = facts.get("network_multiplier")
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST_MULTIPLIER:
+        given = json.dumps(value)[:100]
+        raise JobError(
+            f"{shown(path)}: the network_multiplier of {name} is {given}; it must be a number from "
+            f"-{LARGEST_MULTIPLIER:g} to {LARGEST_MULTIPLIER:g}, such as 1"
+        )
+    return float(value)
+
+
+def _entry(picture: Path, facts: Mapping[str, Any], separator: str, multiplier: float) -> Entry:
     """The caption, and behind it the tags."""
     caption = next((facts[key] for key in _TEXTS if isinstance(facts.get(key), str)), "")
     tags = facts.get("tags") or ""
     if isinstance(tags, list):
         tags = f"{separator} ".join(map(str, cast("list[Any]", tags)))
     parts = [part for part in (caption.partition("\n")[0].strip(), str(tags).strip()) if part]
-    return Entry(picture, f"{separator} ".join(parts), has_caption=bool(parts))
+    return Entry(picture, f"{separator} ".join(parts), has_caption=bool(parts), network_multiplier=multiplier)

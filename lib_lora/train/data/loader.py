@@ -56,6 +56,7 @@ class Loader:
         """
         self.order = dataset.order(shard.processes)
         self._dataset, self._texts, self._latents, self._shard = dataset, texts, latents, shard
+        self._multiplied = dataset.is_multiplied
 
     def batch(self, step: int) -> Batch:
         """The batch of any step, from 0 over all epochs: the same whatever was loaded before.
@@ -75,7 +76,9 @@ class Loader:
             yield self._with_texts(batch)
 
     def _load(self, step: int) -> Batch:
-        return _joined(step, [self._example(row) for row in self.order.rows(step, self._shard)])
+        examples = [self._example(row) for row in self.order.rows(step, self._shard)]
+        batch = _joined(step, examples)
+        return replace(batch, network_multipliers=_multipliers(examples)) if self._multiplied else batch
 
     def _with_texts(self, batch: Batch) -> Batch:
         return batch if self._texts is None else replace(batch, texts=self._texts(batch.captions))
@@ -114,6 +117,10 @@ def _joined(step: int, examples: Sequence[_Example]) -> Batch:
         pixels=_stacked([one.pixels for one in examples]),
         latents=_stacked([one.latents for one in examples]),
     )
+
+
+def _multipliers(examples: Sequence[_Example]) -> Tensor:
+    return torch.tensor([one.picture.network_multiplier for one in examples])
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:

@@ -39,6 +39,7 @@ class Picture:
         caption: What it shows, as it was found.
         repeats: How often it is used in an epoch.
         is_reg: Whether it is a regularisation picture.
+        network_multiplier: Strength of the network while it is learned.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Picture:
     caption: str
     repeats: int
     is_reg: bool
+    network_multiplier: float = 1.0
 
 
 class View(NamedTuple):
