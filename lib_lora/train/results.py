@@ -14,7 +14,7 @@ import torch
 from lib_lora.core.opening import reason_of, shown
 from lib_lora.core.saving import check_writable, output_path
 from lib_lora.errors import OutputError, PrefuseError, TrainError
-from lib_lora.train.board import Board
+from lib_lora.train.board import Board, summary_writer
 from lib_lora.train.engine import is_finite
 from lib_lora.train.metadata import Reached, TrainingFacts, model_hashes, tag_frequency
 from lib_lora.train.option_values import plain
@@ -40,7 +40,7 @@ def check_results(options: TrainOptions) -> None:
     """Check before the work that its results can be written.
 
     Raises:
-        JobError: If the prompts of samples can not be read.
+        JobError: If the prompts of samples can not be read, or TensorBoard is to be written for and not installed.
         OutputError: If the folder can not be written to, or a result is there already.
     """
     output = options.output
@@ -51,6 +51,8 @@ def check_results(options: TrainOptions) -> None:
         raise OutputError(f"{shown(taken[0])} exists already; choose another output_name, or set force")
     if output.sample_prompts:
         read_prompts(output.sample_prompts)
+    if output.logging_dir is not None:
+        summary_writer()
 
 
 class Results:
@@ -80,6 +82,8 @@ class Results:
         self._facts = _facts(training, model, dataset)
         self._course = training.options.course() | {"model": identity, "pictures": _of_pictures(dataset)}
         self._state: Path | None = None
+        self._first = 0
+        self._board: Board | None = None
         self._samples: list[Path] = []
         self._notes = [*training.trainee.notes, *dataset.report.notes]
 
@@ -94,6 +98,7 @@ class Results:
             return 0
         state = read_state(self._options.resume, plain(self._course))
         self._training.load(state)
+        self._first = state.step
         return state.step
 
     @contextmanager
@@ -101,16 +106,16 @@ class Results:
         """What is told each step for TensorBoard; nothing without logging_dir.
 
         Raises:
-            JobError: If TensorBoard is not installed.
+            OutputError: If its log can not be written.
         """
         if self._options.logging_dir is None or not self._training.accelerator.is_main_process:
             yield lambda _: None
             return
-        board = Board(self._options.logging_dir / self._options.output_name)
+        self._board = Board(self._options.logging_dir / self._options.output_name, self._first)
         try:
-            yield board.add
+            yield self._board.add
         finally:
-            board.close()
+            self._board.close()
 
     def after_step(self, step: int) -> None:
         """Draw and write what is due.
@@ -196,7 +201,10 @@ class Results:
                 with self._training.averaged(), accelerator.autocast():
                     name = f"{self._stem.name}_{step:08d}"
                     folder = self.folder / "sample"
-                    self._samples += draw_samples(self._draw, self._prompts, self._options.sample_sampler, folder, name)
+                    paths = draw_samples(self._draw, self._prompts, self._options.sample_sampler, folder, name)
+                self._samples += paths
+                if self._board:
+                    self._board.add_samples(step, paths)
             except PrefuseError as error:
                 logger.warning("no sample picture after step %d: %s", step, error)
             finally:
