@@ -100,14 +100,14 @@ def _rank(target: Target, options: NetworkOptions, ranks: _Ranks) -> tuple[int, 
 
 def _block_ranks(options: NetworkOptions, layout: BlockLayout) -> _Ranks:
     """Those of all blocks; blocks whose learning rate is 0 have rank 0."""
-    own = options.has_block_options
+    own, conv = options.has_block_options, bool(options.conv_block_dims)
     conv_alpha = 1.0 if options.conv_alpha is None else options.conv_alpha
     conv_alpha = options.network_alpha if options.is_dylora else conv_alpha
     ranks = _Ranks(
         _each("block_dims", options.block_dims if own else (), options.network_dim, layout),
         _each("block_alphas", options.block_alphas if own else (), options.network_alpha, layout),
         _each("conv_block_dims", options.conv_block_dims if own else (), options.conv_dim or 0, layout),
-        _each("conv_block_alphas", options.conv_block_alphas if own else (), conv_alpha, layout),
+        _each("conv_block_alphas", options.conv_block_alphas if own and conv else (), conv_alpha, layout),
     )
     weights = options.lr_weights(layout)
     if weights is None:
@@ -143,6 +143,8 @@ def _notes(options: NetworkOptions, layout: BlockLayout) -> Iterator[str]:
         names = ("block_alphas", "conv_block_dims", "conv_block_alphas")
         for name in filter(partial(getattr, options), names):
             yield f"{name} has no effect without block_dims or a learning rate weight of blocks"
+    elif options.conv_block_alphas and not options.conv_block_dims:
+        yield "conv_block_alphas has no effect without conv_block_dims"
     if options.is_dylora and options.conv_alpha not in (None, options.network_alpha):
         yield f"conv_alpha has no effect on DyLoRA, whose layers all have network_alpha {options.network_alpha:g}"
     if options.unit > 1 and not options.is_dylora:

@@ -33,7 +33,7 @@ NETWORK_ARGS = (
 
 _DROPOUTS = ("network_dropout", "rank_dropout", "module_dropout")
 _BLOCK_LISTS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-_AT_LEAST = {"network_dim": 1, "conv_dim": 1, "unit": 1, "network_alpha": 0, "conv_alpha": 0}
+_AT_LEAST = {"network_dim": 0, "conv_dim": 0, "unit": 1, "network_alpha": 0, "conv_alpha": 0}
 _ABOVE_ZERO = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "scale_weight_norms")
 
 
@@ -43,12 +43,13 @@ class NetworkOptions:
 
     Attributes:
         network_module: lora, or dylora for a file that can be cut to smaller ranks; with or without ``networks.``.
-        network_dim: Rank of Linear layers and 1x1 convolutions.
+        network_dim: Rank of Linear layers and 1x1 convolutions; 0 leaves them alone.
         network_alpha: The effect is scaled by alpha / rank; 0 stands for the rank.
         network_dropout: Share of the values between the two factors that are left out in training.
         rank_dropout: Share of the ranks that are left out of a picture in training.
         module_dropout: Share of the layers that are left out in training.
-        conv_dim: Rank of larger convolutions (C3Lier); without it none is trained (LierLa).
+        conv_dim: Rank of larger convolutions (C3Lier); 0 leaves these alone, but not the small layers beside them.
+            Without it neither is trained (LierLa).
         conv_alpha: Alpha of larger convolutions; by default 1.
         unit: Ranks that DyLoRA trains together.
         block_dims: Rank of each of the UNet's blocks, 25 or SDXL's 23 numbers; 0 leaves a block alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,9 @@ from transformers import CLIPTokenizer
 from lib_lora.errors import JobError
 from lib_lora.train.averages import MovingAverage
 from lib_lora.train.losses import min_snr_weights, sample_losses
-from lib_lora.train.noise import NoiseSchedule, draw
+from lib_lora.train.noise import NoiseSchedule, draw, learned_noise
 from lib_lora.train.optimizers import make_optimizer, make_schedule
-from lib_lora.train.settings import OptimizerOptions
+from lib_lora.train.settings import NoiseOptions, OptimizerOptions
 from lib_lora.train.text import PIECE, captions_to_tokens, tokenize, tokens_to_states
 
 pytestmark = pytest.mark.newest
@@ -76,14 +77,15 @@ def test_what_chance_gives_a_picture_depends_on_seed_and_place_alone():
 
 
 def test_noise_is_normal_times_are_even_and_an_offset_moves_channels():
-    plain, moved = (draw(0, range(400), (4, 8, 8), (100, 900), offset) for offset in (0.0, 0.5))
+    options = NoiseOptions(noise_offset=0.5)
+    plain, moved = (draw(0, range(400), (4, 8, 8), (100, 900), one) for one in (NoiseOptions(), options))
     assert abs(plain.noise.mean()) < 0.02
     assert abs(plain.noise.std() - 1) < 0.02
     assert plain.times.min() >= 100
     assert plain.times.max() < 900
     assert abs(plain.times.float().mean() - 500) < 40
     assert torch.equal(plain.times, moved.times)
-    offsets = (moved.noise - plain.noise).mean((2, 3))
+    offsets = (learned_noise(moved, plain.noise, options) - plain.noise).mean((2, 3))
     assert abs(offsets.std() - 0.5) < 0.05
 
 
@@ -189,9 +191,41 @@ def test_an_optimizer_that_can_not_be_is_one_sentence(given, sentence):
 
 
 def test_an_8_bit_optimizer_needs_bitsandbytes(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
-    with pytest.raises(JobError, match=r"needs bitsandbytes.*AdamW or Adafactor"):
-        make_optimizer(groups(), OptimizerOptions(optimizer_type="AdamW8bit"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    for name in ("AdamW8bit", "PagedAdamW"):
+        with pytest.raises(JobError, match=f"{name} needs bitsandbytes.*AdamW or Adafactor"):
+            make_optimizer(groups(), OptimizerOptions(optimizer_type=name))
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("Prodigy", "prodigyopt"), ("Lion", "lion_pytorch"), ("DAdaptLion", "dadaptation")]
+)
+def test_an_optimizer_of_another_package_is_taken_from_there(name, package, monkeypatch):
+    kind = type(name, (torch.optim.SGD,), {})
+    monkeypatch.setitem(sys.modules, package, SimpleNamespace(**{name: kind}))
+    assert type(make_optimizer(groups(), OptimizerOptions(optimizer_type=name.lower()))) is kind
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(JobError, match=f"{name} needs .* pip install {package.replace('_', '-')}"):
+        make_optimizer(groups(), OptimizerOptions(optimizer_type=name))
+
+
+def test_an_optimizer_that_finds_the_rate_has_one_for_all(monkeypatch):
+    kind = type("Prodigy", (torch.optim.SGD,), {})
+    monkeypatch.setitem(sys.modules, "prodigyopt", SimpleNamespace(Prodigy=kind))
+    two = [*groups(), {**groups()[0], "lr": 0.2}]
+    with pytest.raises(JobError, match="one learning rate for all that is trained, and here are 2"):
+        make_optimizer(two, OptimizerOptions(optimizer_type="Prodigy"))
+
+
+def test_adafactor_finds_its_rate_if_asked_to():
+    made = make_optimizer(groups(), OptimizerOptions("AdaFactor", ("relative_step=True", "warmup_init=True")))
+    assert made.defaults["lr"] is None
+    assert made.defaults["relative_step"]
+
+
+def test_rates_of_0_everywhere_leave_nothing_to_train():
+    with pytest.raises(JobError, match="leave nothing to train: they are 0"):
+        make_optimizer([], OptimizerOptions(learning_rate=0))
 
 
 @pytest.mark.parametrize("warm", [4, 0.2])

@@ -42,8 +42,8 @@ REFUSED = {
     "network_args has no 'xyz'; there are conv_dim, conv_alpha": {"network_args": ["xyz=4"]},
     "network_args holds 'conv_dim'; write conv_dim=VALUE": {"network_args": ["conv_dim"]},
     "conv_dim must be a whole number, not '4.5'": {"network_args": ["conv_dim=4.5"]},
-    "network_dim must be at least 1, not 0": {"network_dim": 0},
-    "conv_dim must be at least 1, not 0": {"conv_dim": 0},
+    "network_dim must be at least 0, not -1": {"network_dim": -1},
+    "conv_dim must be at least 0, not -4": {"conv_dim": -4},
     "network_alpha must be at least 0, not -1": {"network_alpha": -1.0},
     "rank_dropout is 1; write a share from 0 to below 1": {"rank_dropout": 1.0},
     "network_dropout is nan; write a share": {"network_dropout": float("nan")},
@@ -112,6 +112,11 @@ NOTES = {
     "down_lr_weight holds 3 numbers for 12 blocks: the rest is 1": {"down_lr_weight": "1,1,1"},
     "up_lr_weight holds 13 numbers for 12 blocks: the rest is not used": {"up_lr_weight": [1.0] * 13},
     "block_alphas has no effect without block_dims": {"block_alphas": [1.0] * 25},
+    "conv_block_alphas has no effect without conv_block_dims": {
+        "block_dims": [4] * 25,
+        "conv_block_alphas": [2.0] * 25,
+        "conv_dim": 4,
+    },
     "conv_alpha has no effect on DyLoRA": {"network_module": "dylora", "conv_dim": 4, "conv_alpha": 2.0},
     "unit has no effect on a network that is no DyLoRA": {"unit": 2},
 }
@@ -130,6 +135,26 @@ def test_what_has_no_effect_is_told(note):
 def test_nothing_to_train_is_refused(nothing):
     with pytest.raises(JobError, match="leave no layer to train"):
         create_network(sd1_unet(), [], NetworkOptions(**nothing))
+
+
+def test_a_rank_of_0_leaves_its_layers_alone_and_no_others():
+    def ranks(**given) -> set[tuple[bool, int]]:
+        network = create_network(sd1_unet(), [], NetworkOptions(**given))
+        return {(layer.lora_down.weight.shape[2:] == (3, 3), layer.rank) for layer in network.layers.values()}
+
+    assert ranks(network_dim=2, conv_dim=0) == {(False, 2)}
+    assert ranks(network_dim=0, conv_dim=2) == {(True, 2)}
+
+
+def test_alphas_of_larger_convolutions_of_blocks_count_with_their_ranks_alone():
+    blocks = {"block_dims": [2] * 25, "conv_block_alphas": [5.0] * 25}
+
+    def alphas(**given) -> set[float]:
+        layers = create_network(sd1_unet(), [], NetworkOptions(**blocks, **given)).layers.values()
+        return {layer.alpha.item() for layer in layers if layer.lora_down.weight.shape[2:] == (3, 3)}
+
+    assert alphas(conv_dim=4, conv_alpha=3.0) == {3.0}
+    assert alphas(conv_block_dims=[4] * 25) == {5.0}
 
 
 def test_the_same_seed_makes_the_same_network():
