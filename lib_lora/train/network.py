@@ -26,7 +26,7 @@ class Norms(NamedTuple):
 
     Attributes:
         scaled: Layers that were longer.
-        mean: Frobenius norm of the layers' changes then, each counted as half of the limit at least, as kohya does.
+        mean: Frobenius norm of the layers' changes then.
         largest: The largest of them.
     """
 
@@ -119,8 +119,8 @@ class TrainNetwork(nn.Module):
         Source: kohya's apply_max_norm_regularization.
         """
         layers = list(self.layers.values())
-        norms = torch.stack([_norm(layer) for layer in layers]).clamp(min=limit / 2)
-        ratios = norms.clamp(max=limit) / norms
+        norms = torch.stack([_norm(layer) for layer in layers])
+        ratios = (limit / norms).clamp(max=1)  # infinity, of a change that is zero, is 1 too
         for layer, root in zip(layers, ratios.sqrt(), strict=True):
             layer.lora_up.weight.mul_(root)
             layer.lora_down.weight.mul_(root)

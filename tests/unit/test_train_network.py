@@ -17,6 +17,7 @@ CHECKPOINT_ERROR = 1e-6
 STRENGTH_ERROR = 1e-5
 BF16_ERROR = 0.05  # of the noise's norm
 RANK, ALPHA = 4, 2.0
+LIMIT = 0.2
 DROPOUTS = {"network_dropout": 0.3, "rank_dropout": 0.3, "module_dropout": 0.3}
 
 
@@ -186,6 +187,25 @@ def test_each_picture_has_its_own_strength(model, batch):
         assert (predict(model, batch)[index] - together[index]).abs().max() < STRENGTH_ERROR
     network.release()
     assert (together[0] - predict(model, batch)[0]).abs().max() < STRENGTH_ERROR
+
+
+def test_changes_that_are_longer_are_shortened_and_others_stay(model):
+    network = create_network(model[0], [model[1]], NetworkOptions(network_dim=RANK, network_alpha=ALPHA, conv_dim=2))
+    for index, layer in enumerate(network.layers.values()):
+        nn.init.normal_(layer.lora_up.weight, std=(0, 0.01, 1)[index % 3])
+
+    def lengths() -> torch.Tensor:
+        layers = network.layers.values()
+        factors = [(one.lora_up.weight.double(), one.lora_down.weight.double()) for one in layers]
+        changes = [up.flatten(1) @ down.flatten(1) for up, down in factors]
+        return torch.stack([one.scale * change.norm() for one, change in zip(layers, changes, strict=True)])
+
+    before = lengths()
+    norms = network.scale_weight_norms(LIMIT)
+    assert (lengths() - before.clamp(max=LIMIT)).abs().max() < STEP_ERROR
+    assert 0 < norms.scaled == (before > LIMIT).sum() < len(before)
+    assert norms.mean == pytest.approx(before.clamp(max=LIMIT).mean().item(), rel=STEP_ERROR)  # kohya's too
+    assert norms.largest == pytest.approx(LIMIT)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
