@@ -10,9 +10,12 @@ Lin et al. 2023 (zero terminal SNR, https://arxiv.org/abs/2305.08891).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch.nn.functional import interpolate
+
+from lib_lora.train.settings import NoiseOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -81,22 +84,38 @@ class NoiseSchedule:
         return alphas.sqrt(), (1 - alphas).sqrt()
 
 
-class Draws(NamedTuple):
-    """What chance gives to the pictures of a batch.
+@dataclass(frozen=True)
+class Draws:
+    """What chance gives to the pictures of a batch; None for what nothing asks for.
 
     Attributes:
         noise: Normal, (N, C, H, W) float32.
         times: (N,) int64.
         encoding: Normal, (N, C, H, W) float32: for a sample of the autoencoder's distribution.
+        shift: Normal, (N, C, 1, 1) float32, of `noise_offset`.
+        shift_strength: From 0 to 1, (N, 1, 1, 1) float32.
+        coarse: Noise of coarser sizes, (N, C, H, W) float32.
+        unasked: Noise on the pictures that the model is not to find, (N, C, H, W) float32.
     """
 
     noise: Tensor
     times: Tensor
     encoding: Tensor
+    shift: Tensor | None = None
+    shift_strength: Tensor | None = None
+    coarse: Tensor | None = None
+    unasked: Tensor | None = None
+
+    def to(self, device: torch.device) -> Draws:
+        """The same on a device."""
+        return Draws(**{name: part.to(device) for name, part in vars(self).items() if part is not None})
+
+
+PLAIN = NoiseOptions()
 
 
 def draw(
-    seed: int, places: Sequence[int], shape: tuple[int, ...], times: tuple[int, int], noise_offset: float = 0.0
+    seed: int, places: Sequence[int], shape: tuple[int, ...], times: tuple[int, int], options: NoiseOptions = PLAIN
 ) -> Draws:
     """Noise and times of pictures, on the CPU.
 
@@ -105,11 +124,32 @@ def draw(
         places: How many pictures were trained before each, in all processes.
         shape: Of one picture's latents, (C, H, W).
         times: First, and first above the last.
-        noise_offset: Standard deviation of what is added to each channel as a whole
-            (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+        options: What else is drawn.
     """
-    drawn = [_draw_one(mixed_seed(seed, place), shape, times, noise_offset) for place in places]
-    return Draws(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
+    drawn = [_draw_one(mixed_seed(seed, place), shape, times, options) for place in places]
+    return Draws(**{name: torch.stack([one[name] for one in drawn]) for name in drawn[0]})
+
+
+def learned_noise(drawn: Draws, latents: Tensor, options: NoiseOptions) -> Tensor:
+    """The noise that the model is to find, (N, C, H, W) float32.
+
+    As of kohya's sd-scripts (apply_noise_offset and pyramid_noise_like in library/custom_train_functions.py), but what
+    they draw or measure once for a batch is here each picture's own.
+
+    Sources: https://www.crosslabs.org/blog/diffusion-with-offset-noise; multi-resolution noise,
+    https://wandb.ai/johnowhitaker/multires_noise/reports/Multi-Resolution-Noise-for-Diffusion-Model-Training--VmlldzozNjYyOTU2
+    """
+    noise = drawn.noise
+    if drawn.shift is not None:
+        strength = options.noise_offset * (1.0 if drawn.shift_strength is None else drawn.shift_strength)
+        if options.adaptive_noise_scale is not None:
+            means = latents.mean((2, 3), keepdim=True).abs()
+            strength = (strength + options.adaptive_noise_scale * means).clamp(min=0)
+        noise = noise + strength * drawn.shift
+    if drawn.coarse is not None:
+        noise = noise + drawn.coarse
+        noise = noise / noise.flatten(1).std(1).reshape(-1, 1, 1, 1)
+    return noise
 
 
 def mixed_seed(seed: int, place: int) -> int:
@@ -117,13 +157,34 @@ def mixed_seed(seed: int, place: int) -> int:
     return (seed * _MIX + place) % _SEEDS
 
 
-def _draw_one(
-    seed: int, shape: tuple[int, ...], times: tuple[int, int], noise_offset: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _draw_one(seed: int, shape: tuple[int, ...], times: tuple[int, int], options: NoiseOptions) -> dict[str, Tensor]:
     chance = torch.Generator().manual_seed(seed)
-    noise = torch.randn(shape, generator=chance)
-    time = torch.randint(*times, (), generator=chance)
-    encoding = torch.randn(shape, generator=chance)
-    if noise_offset:
-        noise = noise + noise_offset * torch.randn((shape[0], 1, 1), generator=chance)
-    return noise, time, encoding
+    drawn = {
+        "noise": torch.randn(shape, generator=chance),
+        "times": torch.randint(*times, (), generator=chance),
+        "encoding": torch.randn(shape, generator=chance),
+    }
+    if options.noise_offset:
+        drawn["shift"] = torch.randn((shape[0], 1, 1), generator=chance)
+        if options.noise_offset_random_strength:
+            drawn["shift_strength"] = torch.rand((1, 1, 1), generator=chance)
+    if options.multires_noise_iterations:
+        drawn["coarse"] = _coarse(shape, options.multires_noise_iterations, options.multires_noise_discount, chance)
+    if options.ip_noise_gamma:
+        part = torch.rand((), generator=chance) if options.ip_noise_gamma_random_strength else 1.0
+        drawn["unasked"] = part * options.ip_noise_gamma * torch.randn(shape, generator=chance)
+    return drawn
+
+
+def _coarse(shape: tuple[int, ...], sizes: int, discount: float, chance: torch.Generator) -> Tensor:
+    """Noise of sizes that shrink by 2 to 4 each time, enlarged and added, each less; (C, H, W) float32."""
+    channels, *full = shape
+    total = torch.zeros(shape)
+    for index in range(sizes):
+        shrunk = (2 + 2 * torch.rand((), generator=chance).item()) ** index
+        size = [max(1, int(side / shrunk)) for side in full]
+        small = torch.randn((1, channels, *size), generator=chance)
+        total += interpolate(small, full, mode="bilinear")[0] * discount**index
+        if 1 in size:
+            break
+    return total

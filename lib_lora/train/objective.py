@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lib_lora.train.losses import min_snr_weights, sample_losses
+from lib_lora.train.losses import check_weights, huber_borders, sample_losses, time_weights
+from lib_lora.train.settings import LossOptions
 from lib_lora.train.text import tokens_to_states
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lib_lora.train.noise import NoiseSchedule
+
+PLAIN = LossOptions()
 
 
 class Objective(nn.Module):
@@ -34,7 +37,7 @@ class Objective(nn.Module):
         *,
         trains_text: bool = False,
         clip_skip: int | None = None,
-        min_snr_gamma: float | None = None,
+        loss: LossOptions = PLAIN,
     ) -> None:
         """Put the parts together.
 
@@ -45,7 +48,10 @@ class Objective(nn.Module):
             schedule: Of the noise.
             trains_text: Whether gradients go through the text encoders.
             clip_skip: As of `encode`.
-            min_snr_gamma: As of `min_snr_weights`; None for 1 everywhere.
+            loss: How it is measured and what times count.
+
+        Raises:
+            JobError: If that does not go with what the model predicts.
         """
         super().__init__()
         self.unet: Any = unet
@@ -53,7 +59,8 @@ class Objective(nn.Module):
         self.network = network
         self.schedule = schedule
         self._dtype: torch.dtype = self.unet.dtype  # diffusers looks through all parameters for it
-        self._trains_text, self._clip_skip, self._gamma = trains_text, clip_skip, min_snr_gamma
+        self._trains_text, self._clip_skip, self._loss = trains_text, clip_skip, loss
+        check_weights(schedule, loss)
 
     def forward(
         self,
@@ -63,8 +70,9 @@ class Objective(nn.Module):
         texts: Mapping[str, Tensor],
         weights: Tensor,
         sizes: Tensor | None = None,
+        unasked: Tensor | None = None,
     ) -> Tensor:
-        """Mean over the pictures of weight · mean squared error, () float32.
+        """Mean over the pictures of weight · loss, () float32.
 
         Args:
             latents: Scaled, (N, C, H, W) float32.
@@ -74,15 +82,16 @@ class Objective(nn.Module):
             weights: Of the pictures, (N,) float32.
             sizes: SDXL's six numbers of each picture: height and width as it was, top and left of the crop, height and
                 width as it is; (N, 6).
+            unasked: Noise on the pictures that the model is not to find, as `latents`.
         """
         if self.text_encoders:
             with torch.set_grad_enabled(self._trains_text and torch.is_grad_enabled()):
                 texts = tokens_to_states(list(self.text_encoders), texts, self._clip_skip)
         states, dtype = texts["states"], self._dtype
         added = {"text_embeds": texts["pooled"].to(dtype), "time_ids": sizes} if "pooled" in texts else None
-        noisy = self.schedule.add_noise(latents, noise, times).to(dtype)
+        on_pictures = noise if unasked is None else noise + unasked
+        noisy = self.schedule.add_noise(latents, on_pictures, times).to(dtype)
         predicted = self.unet(noisy, times, states.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
-        losses = sample_losses(predicted, self.schedule.target(latents, noise, times)) * weights
-        if self._gamma is not None:
-            losses = losses * min_snr_weights(self.schedule, times, self._gamma)
-        return losses.mean()
+        target, borders = self.schedule.target(latents, noise, times), huber_borders(self.schedule, times, self._loss)
+        losses = sample_losses(predicted, target, self._loss.loss_type, borders) * weights
+        return (losses * time_weights(self.schedule, times, self._loss)).mean()

@@ -7,7 +7,7 @@ import importlib
 import math
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -32,13 +32,22 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         JobError: If the file can not be read, or says one key twice.
     """
+    return _flattened(read_tables(path), str(path))
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """A TOML file as it stands.
+
+    Raises:
+        JobError: If the file can not be read.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise JobError(f"{path} can not be read: {error.strerror or error}") from error
     except ValueError as error:
         raise JobError(f"{path} is no TOML file: {error}") from error
-    return parse_toml(text, str(path))
+    return _parsed(text, str(path))
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
@@ -51,19 +60,7 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
     Raises:
         JobError: If they can not be read, or say one key twice.
     """
-    reader = next(filter(None, map(_module, _TOML_READERS)), None)
-    if reader is None:
-        raise JobError("TOML files can not be read here; install a reader with: pip install tomli")
-    try:
-        table = reader.loads(text)
-    except (ValueError, IndexError) as error:  # the parsers' own errors are ValueErrors; toml also raises the other
-        raise JobError(f"{name} is no TOML file: {str(error).splitlines()[0]}") from error
-    values: dict[str, Any] = {}
-    for key, value in _flat(table):
-        if key in values:
-            raise JobError(f"{name} says {key} twice")
-        values[key] = value
-    return values
+    return _flattened(_parsed(text, name), name)
 
 
 def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
@@ -95,17 +92,36 @@ def fill(groups: Mapping[str, type], values: Mapping[str, Any]) -> dict[str, Any
     Raises:
         JobError: If there is no such option, or a value is of another type.
     """
-    hints = {group: _hints(kind) for group, kind in groups.items()}
-    known = {key for fields in hints.values() for key in fields}
+    check_names(values, [key for kind in groups.values() for key in _hints(kind)])
+    return {group: kind(**converted(kind, values)) for group, kind in groups.items()}
+
+
+def check_names(values: Iterable[str], known: Collection[str], where: str = "") -> None:
+    """Refuse options that there are not.
+
+    Args:
+        values: Names that were given.
+        known: Those that there are.
+        where: They were given, if not for the whole training.
+
+    Raises:
+        JobError: If there is one.
+    """
     for key in values:
         if key not in known:
             close = get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else "`train --options` lists what there is"
-            raise JobError(f"there is no option {key}; {hint}")
-    return {
-        group: kind(**{key: convert(key, values[key], hint) for key, hint in hints[group].items() if key in values})
-        for group, kind in groups.items()
-    }
+            there = f"there are {', '.join(known)}" if where else "`train --options` lists what there is"
+            hint = f"did you mean {close[0]}?" if close else there
+            raise JobError(f"{where}{': ' if where else ''}there is no option {key}; {hint}")
+
+
+def converted(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of key → value are fields of a dataclass, as their types.
+
+    Raises:
+        JobError: If a value is of another type.
+    """
+    return {key: convert(key, values[key], hint) for key, hint in _hints(kind).items() if key in values}
 
 
 def convert(key: str, value: Any, hint: Any) -> Any:
@@ -138,6 +154,25 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(one) for key, one in value.items()}
     return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _parsed(text: str, name: str) -> dict[str, Any]:
+    reader = next(filter(None, map(_module, _TOML_READERS)), None)
+    if reader is None:
+        raise JobError("TOML files can not be read here; install a reader with: pip install tomli")
+    try:
+        return reader.loads(text)
+    except (ValueError, IndexError) as error:  # the parsers' own errors are ValueErrors; toml also raises the other
+        raise JobError(f"{name} is no TOML file: {str(error).splitlines()[0]}") from error
+
+
+def _flattened(table: Mapping[str, Any], name: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in _flat(table):
+        if key in values:
+            raise JobError(f"{name} says {key} twice")
+        values[key] = value
+    return values
 
 
 def _module(name: str) -> Any:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from lib_lora.errors import JobError
 from lib_lora.train.data.options import DataOptions
+from lib_lora.train.kohya_options import understood
 from lib_lora.train.network_options import NetworkOptions
 from lib_lora.train.option_values import described, fill, plain
 from lib_lora.train.settings import (
     LossOptions,
     ModelOptions,
+    NoiseOptions,
     OptimizerOptions,
     OutputOptions,
     RunOptions,
@@ -34,7 +36,7 @@ Model and pictures are told by what they are, not by where they lie.
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """All options of a training, by what they are about.
+    """All options of a training, by what they are about; `notes` are sentences on what was given and changes nothing.
 
     Raises:
         JobError: If a number is too small, or two contradict each other.
@@ -45,14 +47,14 @@ class TrainOptions:
     data: DataOptions = field(default_factory=DataOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    noise: NoiseOptions = field(default_factory=NoiseOptions)
     run: RunOptions = field(default_factory=RunOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for group in (self.model, self.optimizer, self.loss, self.run, self.output):
+        for group in (self.model, self.optimizer, self.loss, self.noise, self.run, self.output):
             check_least(group)
-        if self.loss.min_timestep >= self.loss.max_timestep:
-            raise JobError(f"min_timestep {self.loss.min_timestep} must be below max_timestep {self.loss.max_timestep}")
         if self.output.samples and self.output.sample_prompts is None:
             raise JobError("pictures are drawn from sample_prompts, a text file; give one")
 
@@ -61,9 +63,10 @@ class TrainOptions:
         """Options from key → value, as a TOML file or a command line gives them.
 
         Raises:
-            JobError: If there is no such option, or a value can not be.
+            JobError: If there is no such option, a value can not be, or one of kohya's can not be had.
         """
-        return cls(**fill(cls.kinds(), values))
+        values, notes = understood(values)
+        return cls(**fill(cls.kinds(), values), notes=notes)
 
     @classmethod
     def kinds(cls) -> dict[str, Any]:
@@ -77,7 +80,7 @@ class TrainOptions:
 
     def values(self) -> dict[str, Any]:
         """Key → value of every option."""
-        return {key: value for group in fields(self) for key, value in vars(getattr(self, group.name)).items()}
+        return {key: value for group in self.kinds() for key, value in vars(getattr(self, group)).items()}
 
     def course(self) -> dict[str, Any]:
         """Key → value of all that decides how the training goes, plain as JSON."""

@@ -44,10 +44,16 @@ class OptimizerOptions:
         learning_rate: Of everything that has none of its own.
         unet_lr: Of the UNet.
         text_encoder_lr: Of the text encoders.
-        lr_scheduler: constant, constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial.
+        lr_scheduler: constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, inverse_sqrt,
+            cosine_with_min_lr, warmup_stable_decay or piecewise_constant.
         lr_warmup_steps: Steps in which the rate grows to its full size; below 1, a part of all steps.
-        lr_scheduler_num_cycles: Restarts of cosine_with_restarts.
+        lr_decay_steps: Steps in which the rate of warmup_stable_decay falls, at the end; below 1, a part of all steps.
+        lr_scheduler_num_cycles: Restarts of cosine_with_restarts; half waves of those with a least rate.
         lr_scheduler_power: Exponent of polynomial.
+        lr_scheduler_timescale: Of inverse_sqrt, in steps; by default the steps of its warm-up.
+        lr_scheduler_min_lr_ratio: Least rate of cosine_with_min_lr and warmup_stable_decay, as a part of the full one.
+        lr_scheduler_type: A class of torch.optim.lr_scheduler, in place of lr_scheduler.
+        lr_scheduler_args: Its settings, such as ``T_max=100``.
         max_grad_norm: Gradients longer than this are shortened to it; 0 leaves them as they are.
         gradient_accumulation_steps: Batches that make one step.
         ema: Save a moving average of the weights.
@@ -61,8 +67,13 @@ class OptimizerOptions:
     text_encoder_lr: float | None = None
     lr_scheduler: str = "constant"
     lr_warmup_steps: float = 0
+    lr_decay_steps: float = 0
     lr_scheduler_num_cycles: int = 1
     lr_scheduler_power: float = 1.0
+    lr_scheduler_timescale: int | None = None
+    lr_scheduler_min_lr_ratio: float | None = None
+    lr_scheduler_type: str | None = None
+    lr_scheduler_args: Sequence[str] = ()
     max_grad_norm: float = 1.0
     gradient_accumulation_steps: int = 1
     ema: bool = False
@@ -74,18 +85,73 @@ class LossOptions:
     """What is learned of a picture.
 
     Attributes:
+        loss_type: How far off a prediction is: l2 (squared), l1, huber (squared near 0, else not) or smooth_l1 (the
+            same, divided by its border).
+        huber_schedule: How the border of huber and smooth_l1 goes with the time: snr, exponential or constant.
+        huber_c: That border, or the least of it.
+        huber_scale: Its factor, but not of snr.
         min_snr_gamma: Weigh times by min(SNR, γ), such as 5; by default all alike.
-        noise_offset: Added to each channel of the noise as a whole, such as 0.05, so that dark and light are learned.
+        scale_v_pred_loss_like_noise_pred: Weigh times of a model that predicts v as if it predicted noise.
+        v_pred_like_loss: Weigh times of a model that predicts noise more as if it predicted v, by such a part.
+        debiased_estimation_loss: Weigh times by 1 / √SNR.
         zero_terminal_snr: Rescale the noise schedule so that nothing of the picture is left at its end.
         min_timestep: First time that is trained.
         max_timestep: First time above the last that is trained.
+
+    Raises:
+        JobError: If two contradict each other.
     """
 
+    loss_type: Literal["l2", "l1", "huber", "smooth_l1"] = "l2"
+    huber_schedule: Literal["snr", "exponential", "constant"] = "snr"
+    huber_c: float = 0.1
+    huber_scale: float = 1.0
     min_snr_gamma: float | None = None
-    noise_offset: float = 0.0
+    scale_v_pred_loss_like_noise_pred: bool = False
+    v_pred_like_loss: float | None = None
+    debiased_estimation_loss: bool = False
     zero_terminal_snr: bool = False
     min_timestep: int = 0
     max_timestep: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.min_timestep >= self.max_timestep:
+            raise JobError(f"min_timestep {self.min_timestep} must be below max_timestep {self.max_timestep}")
+        for name in ("huber_c", "huber_scale"):
+            if (value := getattr(self, name)) <= 0:
+                raise JobError(f"{name} must be above 0, not {value:g}")
+        if self.scale_v_pred_loss_like_noise_pred and self.v_pred_like_loss is not None:
+            raise JobError("scale_v_pred_loss_like_noise_pred is for v and v_pred_like_loss for noise; leave one out")
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """The noise that is added to pictures, beside the plain one.
+
+    Attributes:
+        noise_offset: Added to each channel of the noise as a whole, such as 0.05, so that dark and light are learned.
+        noise_offset_random_strength: A part of it by chance for each picture, from nothing to all.
+        adaptive_noise_scale: noise_offset grows by so many times the mean of the channel; not below 0.
+        multires_noise_iterations: Noise of so many coarser sizes is added, such as 6.
+        multires_noise_discount: Each size counts so many times the one before, such as 0.3.
+        ip_noise_gamma: More noise on the picture than the model is to find, such as 0.1.
+        ip_noise_gamma_random_strength: A part of it by chance for each picture, from nothing to all.
+
+    Raises:
+        JobError: If one needs another.
+    """
+
+    noise_offset: float = 0.0
+    noise_offset_random_strength: bool = False
+    adaptive_noise_scale: float | None = None
+    multires_noise_iterations: int | None = None
+    multires_noise_discount: float = 0.3
+    ip_noise_gamma: float | None = None
+    ip_noise_gamma_random_strength: bool = False
+
+    def __post_init__(self) -> None:
+        if self.adaptive_noise_scale is not None and not self.noise_offset:
+            raise JobError("adaptive_noise_scale changes noise_offset; give that too, such as 0.05")
 
 
 @dataclass(frozen=True)
@@ -175,7 +241,14 @@ AT_LEAST = {
     "gradient_accumulation_steps": 1,
     "ema_decay": 0,
     "min_snr_gamma": 0,
+    "lr_decay_steps": 0,
+    "lr_scheduler_timescale": 1,
+    "lr_scheduler_min_lr_ratio": 0,
+    "v_pred_like_loss": 0,
     "noise_offset": 0,
+    "multires_noise_iterations": 1,
+    "multires_noise_discount": 0,
+    "ip_noise_gamma": 0,
     "min_timestep": 0,
     "max_timestep": 1,
     "max_train_steps": 1,

@@ -20,7 +20,7 @@ from lib_lora.train.data.dataset import open_dataset
 from lib_lora.train.data.tensor_cache import weights_fingerprint
 from lib_lora.train.encoders import Encoders
 from lib_lora.train.engine import agreed, frozen_dtype, keep_fewer_activations, make_accelerator
-from lib_lora.train.noise import NoiseSchedule, draw, mixed_seed
+from lib_lora.train.noise import NoiseSchedule, draw, learned_noise, mixed_seed
 from lib_lora.train.objective import Objective
 from lib_lora.train.optimizers import make_optimizer, make_schedule
 from lib_lora.train.progress import Meter, unheard
@@ -268,7 +268,7 @@ class Training:
             schedule.to(self.accelerator.device),
             trains_text=self.trainee.trains_text,
             clip_skip=options.model.clip_skip,
-            min_snr_gamma=options.loss.min_snr_gamma,
+            loss=options.loss,
         )
 
     def _planned_steps(self) -> int:
@@ -296,15 +296,15 @@ class Training:
         return nullcontext() if network is None else network.multiplied(batch.network_multipliers)
 
     def _loss(self, batch: Batch) -> Tensor:
-        loss, device = self.options.loss, self.accelerator.device
+        options, device = self.options, self.accelerator.device
         moments = self._encoders.moments_of(batch)
         shape = (moments.shape[1] // 2, *moments.shape[2:])
-        times = (loss.min_timestep, loss.max_timestep)
-        noise, when, sampling = (
-            drawn.to(device) for drawn in draw(self.options.data.seed, batch.places, shape, times, loss.noise_offset)
-        )
-        latents = self._encoders.sample(moments, sampling)
-        return self._objective(latents, noise, when, batch.texts, batch.weights, batch.time_ids)
+        times = (options.loss.min_timestep, options.loss.max_timestep)
+        drawn = draw(options.data.seed, batch.places, shape, times, options.noise).to(device)
+        latents = self._encoders.sample(moments, drawn.encoding)
+        noise = learned_noise(drawn, latents, options.noise)
+        texts, weights, sizes = batch.texts, batch.weights, batch.time_ids
+        return self._objective(latents, noise, drawn.times, texts, weights, sizes, drawn.unasked)
 
     def _move(self, step: int) -> None:
         if self.options.optimizer.max_grad_norm:

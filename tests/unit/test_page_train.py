@@ -80,7 +80,7 @@ def test_answers_become_options_and_the_configuration_becomes_the_answers_again(
     assert (options.network.conv_dim, options.network.network_train_unet_only) == (3, True)
     assert (options.optimizer.unet_lr, options.optimizer.optimizer_args) == (0.002, ("weight_decay=0.1",))
     assert options.network.down_lr_weight == "sine+0.25"
-    assert options.loss.noise_offset == 0.05
+    assert options.noise.noise_offset == 0.05
     again = answers_of(host, parse_toml(plan.toml(), "the plan"))
     assert set(again) == set(ANSWERED)
     assert plan_of(host, again).options == options

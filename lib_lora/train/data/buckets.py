@@ -88,9 +88,15 @@ class Buckets:
         """Shrunk to the area if it is larger, so that one side is a multiple of the step; then cropped to multiples."""
         resized = size if size.width * size.height <= math.prod(self.largest) else self._shrunk(size)
         bucket = Size(resized.width - resized.width % self.step, resized.height - resized.height % self.step)
-        if min(bucket) < self.step:
-            raise ValueError(f"at {resized} pixels it is smaller than {self.step}x{self.step}, the smallest bucket")
-        return Fit(bucket, resized)
+        if min(bucket) >= self.step:
+            return Fit(bucket, resized)
+        smallest = f"{self.step}x{self.step}, the smallest bucket"
+        if min(size) < self.step:
+            raise ValueError(f"it has {size} pixels and is smaller than {smallest}")
+        raise ValueError(
+            f"it has {size} pixels, which do not fit {self.largest} without a side smaller than {smallest}; "
+            "raise resolution, or lower bucket_reso_steps"
+        )
 
     def _shrunk(self, size: Size) -> Size:
         """The width or the height becomes a multiple of the step, whichever changes the ratio of the bucket less."""

@@ -73,7 +73,7 @@ def read_folders(base: Path, options: DataOptions, *, is_reg: bool = False) -> t
         JobError: If there is no picture.
     """
     repeats = {path: _repeats(path.name) for path in _places(base, options)} | {base: None}
-    found = {path: _read_folder(path, named or (1, ""), options, is_reg) for path, named in repeats.items()}
+    found = {path: read_folder(path, named or (1, ""), options, is_reg=is_reg) for path, named in repeats.items()}
     full = {path: folder for path, folder in found.items() if folder.entries or folder.skipped}
     if not full:
         alone = sum(folder.alone for folder in found.values())
@@ -86,6 +86,29 @@ def read_folders(base: Path, options: DataOptions, *, is_reg: bool = False) -> t
     if not used:
         raise JobError(f"the folders of {shown(base)} ask for 0 repeats; put a number above 0 before their names")
     return list(used.values()), [_left_out(path, repeats[path]) for path in full if path not in used]
+
+
+def read_folder(path: Path, named: tuple[int, str], options: DataOptions, *, is_reg: bool) -> Folder:
+    """The pictures of one folder, not of those inside it.
+
+    Args:
+        path: The folder.
+        named: How often they are used in an epoch, and what those without a caption show.
+        options: Where captions are.
+        is_reg: Whether they are regularisation pictures.
+
+    Raises:
+        FileError: If the folder can not be read.
+    """
+    repeats, class_name = named
+    files = _listed(path)
+    pictures = [file for file in files if _is_picture(file)]
+    texts = {file.name for file in files if file.name.endswith(options.caption_extensions)}
+    known = {picture.stem + extension for picture in pictures for extension in options.caption_extensions}
+    found = [_entry(picture, texts, class_name, options) for picture in pictures]
+    entries = tuple(one for one in found if isinstance(one, Entry))
+    skipped = tuple(one for one in found if isinstance(one, Skipped))
+    return Folder(path.name, entries, repeats, class_name, is_reg, len(texts - known), skipped)
 
 
 def _left_out(path: Path, named: tuple[int, str] | None) -> str:
@@ -131,25 +154,13 @@ def _repeats(name: str) -> tuple[int, str] | None:
     return (int(found[1]), found[2] or "") if found else None
 
 
-def _read_folder(path: Path, named: tuple[int, str], options: DataOptions, is_reg: bool) -> Folder:
-    repeats, class_name = named
-    files = _listed(path)
-    pictures = [file for file in files if _is_picture(file)]
-    texts = {file.name for file in files if file.name.endswith(options.caption_extensions)}
-    known = {picture.stem + extension for picture in pictures for extension in options.caption_extensions}
-    found = [_entry(picture, texts, class_name, options) for picture in pictures]
-    entries = tuple(one for one in found if isinstance(one, Entry))
-    skipped = tuple(one for one in found if isinstance(one, Skipped))
-    return Folder(path.name, entries, repeats, class_name, is_reg, len(texts - known), skipped)
-
-
 def _entry(picture: Path, texts: Set[str], class_name: str, options: DataOptions) -> Entry | Skipped:
     names = (picture.stem + extension for extension in options.caption_extensions)
     text = next((name for name in names if name in texts), None)
     if text is None:
         return Entry(picture, class_name, has_caption=False)
     try:
-        caption = read_caption(picture.with_name(text))
+        caption = read_caption(picture.with_name(text), all_lines=options.enable_wildcard)
     except (OSError, ValueError) as error:
         return Skipped(f"{picture.parent.name}/{picture.name}", reason_of(error))
     return Entry(picture, caption)

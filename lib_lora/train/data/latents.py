@@ -98,8 +98,7 @@ def cache_latents(
     options = dataset.options
     cache = TensorCache(options.cache_folder if options.cache_latents_to_disk else None)
     cached = CachedLatents(cache, fingerprint)
-    ways = (False, True) if options.flip_aug else (False,)
-    sides = [Side(picture, flipped) for picture in dataset.pictures for flipped in ways]
+    sides = [Side(one, flipped) for one in dataset.pictures for flipped in (False, True)[: 1 + one.options.flip_aug]]
     missing = [side for side in sides if cached.find(side) is None]
     done = len(sides) - len(missing)
     progress(done, len(sides))

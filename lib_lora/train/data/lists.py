@@ -39,7 +39,7 @@ def read_list(path: Path, options: DataOptions) -> Folder:
         if isinstance(picture, str):
             skipped.append(Skipped(name, picture))
         else:
-            entries.append(_entry(picture, facts, options.caption_separator, _multiplier(facts, name, path)))
+            entries.append(_entry(picture, facts, options, _multiplier(facts, name, path)))
     if not entries and not skipped:
         raise JobError(f"{shown(path)} names no pictures")
     return Folder(path.name, tuple(entries), options.dataset_repeats, skipped=tuple(skipped), is_list=True)
@@ -100,11 +100,14 @@ def _multiplier(facts: Mapping[str, Any], name: str, path: Path) -> float:
     return float(value)
 
 
-def _entry(picture: Path, facts: Mapping[str, Any], separator: str, multiplier: float) -> Entry:
-    """The caption, and behind it the tags."""
+def _entry(picture: Path, facts: Mapping[str, Any], options: DataOptions, multiplier: float) -> Entry:
+    """The caption, or each line of it if one of them is chosen, and behind it the tags."""
     caption = next((facts[key] for key in _TEXTS if isinstance(facts.get(key), str)), "")
+    between = f"{options.caption_separator} "
     tags = facts.get("tags") or ""
     if isinstance(tags, list):
-        tags = f"{separator} ".join(map(str, cast("list[Any]", tags)))
-    parts = [part for part in (caption.partition("\n")[0].strip(), str(tags).strip()) if part]
-    return Entry(picture, f"{separator} ".join(parts), has_caption=bool(parts), network_multiplier=multiplier)
+        tags = between.join(map(str, cast("list[Any]", tags)))
+    lines = [line.strip() for line in caption.splitlines() if line.strip()] or [""]
+    used = lines if options.enable_wildcard else lines[:1]
+    whole = "\n".join(between.join(filter(None, (line, str(tags).strip()))) for line in used)
+    return Entry(picture, whole, has_caption=bool(whole), network_multiplier=multiplier)

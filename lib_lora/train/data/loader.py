@@ -84,10 +84,9 @@ class Loader:
         return batch if self._texts is None else replace(batch, texts=self._texts(batch.captions))
 
     def _example(self, row: Row) -> _Example:
-        options, picture = self._dataset.options, self._dataset.pictures[row.picture]
-        view = drawn_view(picture, row, options)
-        caption = drawn_caption(picture.caption, row, options)
-        weight = row.share * (options.prior_loss_weight if picture.is_reg else 1.0)
+        picture = self._dataset.pictures[row.picture]
+        view, caption = drawn_view(picture, row), drawn_caption(picture.caption, row, picture.options)
+        weight = row.share * (picture.options.prior_loss_weight if picture.is_reg else 1.0)
         if self._latents is None:
             return _Example(row, picture, view, caption, weight, pixels=pixels(picture, view))
         return _Example(row, picture, view, caption, weight, latents=self._latents(picture, view.flipped))

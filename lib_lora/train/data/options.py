@@ -17,7 +17,12 @@ CACHE_FOLDER = ".prefuse-cache"
 
 _RATES = ("caption_dropout_rate", "caption_tag_dropout_rate")
 _COUNTS = ("train_batch_size", "vae_batch_size", "dataset_repeats", "bucket_reso_steps", "min_bucket_reso")
-_NOT_NEGATIVE = ("keep_tokens", "caption_dropout_every_n_epochs", "num_class_images", "max_data_loader_n_workers")
+_NOT_NEGATIVE = (
+    *("keep_tokens", "caption_dropout_every_n_epochs", "num_class_images", "max_data_loader_n_workers"),
+    *("token_warmup_step", "token_warmup_min"),
+)
+_VARYING = ("shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard", "token_warmup_step")
+"""What makes another caption each time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,7 @@ class DataOptions:
         reg_data_dir: The same with regularisation pictures, which show what the model should not forget.
         in_json: List of pictures with captions, .jsonl or kohya's .json; paths count from train_data_dir, or from the
             list's folder.
+        dataset_config: kohya's file of several folders or lists with options of their own, in place of these.
         dataset_repeats: How often each picture of in_json is used in an epoch.
         resolution: Pixels of the sides, or width and height: 512 or 512,768. With buckets only their product counts.
         enable_bucket: Whether pictures keep about the ratio of their sides, or are all cropped to `resolution`.
@@ -40,14 +46,18 @@ class DataOptions:
         bucket_no_upscale: Whether pictures are never enlarged.
         caption_extension: Of the captions' files; if not given, .txt and then .caption.
         caption_separator: What stands between tags.
+        secondary_separator: What stands between tags that are shuffled and dropped together.
         shuffle_caption: Whether tags are shuffled.
         keep_tokens: So many tags at the beginning keep their places, and are never dropped.
         keep_tokens_separator: If it is in a caption, the tags before it are kept so, and those after a second one.
+        enable_wildcard: Whether ``{a|b}`` in a caption is a or b by chance, and a caption of several lines one of them.
         caption_prefix: Put before each caption, with a space.
         caption_suffix: Put behind each caption, with a space.
         caption_dropout_rate: Probability that a caption is left empty.
         caption_dropout_every_n_epochs: All captions are empty in each n-th epoch; 0 for never.
         caption_tag_dropout_rate: Probability that a tag is left out.
+        token_warmup_step: Batches until all tags are used: only the first ones in the beginning; 0 for all at once.
+        token_warmup_min: So many tags are used in the beginning.
         flip_aug: Whether every second picture is mirrored, by chance.
         random_crop: Whether pictures are cropped anywhere, or in the middle.
         train_batch_size: Pictures of a step, in each process.
@@ -71,6 +81,7 @@ class DataOptions:
     train_data_dir: Path | None = None
     reg_data_dir: Path | None = None
     in_json: Path | None = None
+    dataset_config: Path | None = None
     dataset_repeats: int = 1
     resolution: tuple[int, ...] = (512,)
     enable_bucket: bool = True
@@ -80,14 +91,18 @@ class DataOptions:
     bucket_no_upscale: bool = True
     caption_extension: str | None = None
     caption_separator: str = ","
+    secondary_separator: str = ""
     shuffle_caption: bool = False
     keep_tokens: int = 0
     keep_tokens_separator: str = ""
+    enable_wildcard: bool = False
     caption_prefix: str = ""
     caption_suffix: str = ""
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
+    token_warmup_step: float = 0
+    token_warmup_min: int = 1
     flip_aug: bool = False
     random_crop: bool = False
     train_batch_size: int = 1
@@ -152,14 +167,15 @@ class DataOptions:
         Raises:
             JobError: If there is neither a folder nor a list.
         """
-        if self.train_data_dir is not None:
+        if self.train_data_dir is not None and self.dataset_config is None:
             return self.train_data_dir
-        if self.in_json is None:
+        named = self.dataset_config or self.in_json
+        if named is None:
             raise JobError("there is nothing to train on; give train_data_dir, a folder of pictures")
-        return self.in_json.parent
+        return named.parent
 
     def _contradictions(self) -> list[str]:
-        varying = [name for name in ("shuffle_caption", "caption_tag_dropout_rate") if getattr(self, name)]
+        varying = [name for name in _VARYING if getattr(self, name)]
         weight, steps = self.prior_loss_weight, self.bucket_reso_steps
         found = {
             f"prior_loss_weight {weight:g} is no weight; give 0 or more": not 0 <= weight < math.inf,
@@ -171,6 +187,9 @@ class DataOptions:
             ),
             "caption_separator can not be empty; give what stands between tags, such as a comma": (
                 not self.caption_separator
+            ),
+            f"token_warmup_step {self.token_warmup_step:g} is a part of all steps; give a number of batches": (
+                0 < self.token_warmup_step < 1
             ),
             f"bucket_reso_steps must be a multiple of {LATENT_STEP}, not {steps}": steps % LATENT_STEP != 0,
             "num_class_images needs class_prompt, from which the pictures are drawn": (

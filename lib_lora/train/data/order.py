@@ -32,6 +32,18 @@ class Shard(NamedTuple):
 ALONE = Shard()
 
 
+class Bucket(NamedTuple):
+    """Pictures that may be in one batch.
+
+    Attributes:
+        pictures: Their indices, each as often as it is used in an epoch.
+        batch_size: Pictures of a step in all processes together.
+    """
+
+    pictures: Sequence[int]
+    batch_size: int
+
+
 class Row(NamedTuple):
     """A picture's place in the training.
 
@@ -39,12 +51,14 @@ class Row(NamedTuple):
         picture: Its index.
         epoch: From 0.
         place: How many places were before, in all processes; what is left to chance here depends on it.
+        step: How many batches were before, over all epochs.
         share: Weight of its loss, so that the mean over all processes' means is the mean over the batch; 0 for one that
             only fills up a process's part.
     """
 
     picture: int
     epoch: int
+    step: int
     place: int
     share: float
 
@@ -53,14 +67,13 @@ class Order:
     """The batches of a training, by step.
 
     Attributes:
-        batch_size: Pictures of a step in all processes together.
         batches_per_epoch: Steps of an epoch; it is the same for every epoch.
     """
 
-    def __init__(self, buckets: Sequence[Sequence[int]], batch_size: int, seed: int) -> None:
-        """For pictures that are given as indices by bucket, each as often as it is used in an epoch."""
-        self.batch_size = batch_size
-        self.batches_per_epoch = sum(math.ceil(len(bucket) / batch_size) for bucket in buckets)
+    def __init__(self, buckets: Sequence[Bucket], seed: int) -> None:
+        """For pictures by bucket."""
+        self.batches_per_epoch = sum(math.ceil(len(bucket.pictures) / bucket.batch_size) for bucket in buckets)
+        self._places = max(bucket.batch_size for bucket in buckets)  # of a step
         self._buckets, self._seed = buckets, seed
         self._shuffled = lru_cache(maxsize=2)(self._shuffle)
 
@@ -77,19 +90,19 @@ class Order:
         share = part * shard.processes / len(batch)
         first = shard.rank * part
         rows = [
-            Row(picture, epoch, step * self.batch_size + first + row, share)
+            Row(picture, epoch, step, step * self._places + first + row, share)
             for row, picture in enumerate(batch[first : first + part])
         ]
-        filler = Row(batch[0], epoch, step * self.batch_size, 0.0)
+        filler = Row(batch[0], epoch, step, step * self._places, 0.0)
         return rows + [filler] * (part - len(rows))
 
     def _shuffle(self, epoch: int) -> list[Sequence[int]]:
         chance = stream(self._seed, "order", epoch)
         batches: list[Sequence[int]] = []
         for bucket in self._buckets:
-            shuffled = list(bucket)
+            shuffled, size = list(bucket.pictures), bucket.batch_size
             chance.shuffle(shuffled)
-            batches += [shuffled[i : i + self.batch_size] for i in range(0, len(shuffled), self.batch_size)]
+            batches += [shuffled[i : i + size] for i in range(0, len(shuffled), size)]
         chance.shuffle(batches)
         return batches
 

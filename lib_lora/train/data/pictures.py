@@ -37,6 +37,7 @@ class Picture:
         size: Upright.
         fit: The size it is trained at.
         caption: What it shows, as it was found.
+        options: How it is used.
         repeats: How often it is used in an epoch.
         is_reg: Whether it is a regularisation picture.
         network_multiplier: Strength of the network while it is learned.
@@ -48,6 +49,7 @@ class Picture:
     size: Size
     fit: Fit
     caption: str
+    options: DataOptions
     repeats: int
     is_reg: bool
     network_multiplier: float = 1.0
@@ -67,8 +69,9 @@ class View(NamedTuple):
     flipped: bool
 
 
-def drawn_view(picture: Picture, row: Row, options: DataOptions) -> View:
+def drawn_view(picture: Picture, row: Row) -> View:
     """What is seen at a place of the training: mirrored or not, cropped in the middle or anywhere."""
+    options = picture.options
     chance = stream(options.seed, "view", row.place)
     flipped = options.flip_aug and chance.random() < 0.5
     if not options.random_crop:

@@ -8,7 +8,6 @@ import torch
 
 from lib_lora.core.saving import no_progress
 from lib_lora.errors import FileError, JobError
-from lib_lora.train.data.captions import possible_captions
 from lib_lora.train.data.tensor_cache import TensorCache
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def cache_texts(dataset: Dataset, encode: Texts, fingerprint: str, progress: Pro
     options = dataset.options
     folder = options.cache_folder if options.cache_text_encoder_outputs_to_disk else None
     cached = CachedTexts(TensorCache(folder), fingerprint)
-    captions = possible_captions([picture.caption for picture in dataset.pictures], options)
+    captions = dataset.captions()
     missing = [caption for caption in captions if cached.find(caption) is None]
     progress(len(captions) - len(missing), len(captions))
     for first in range(0, len(missing), AT_ONCE):
