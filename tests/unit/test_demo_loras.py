@@ -5,23 +5,20 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
+from benchmarks.effects import CLEARLY_VISIBLE, drawn, luminance, outline_darkness, stripe_contrast
 from lib_lora import LoraSession
 from lib_lora.hosts.standalone.demo import LORA_DIR, MODEL_DIR, PROMPTS
 
 STEPS = 20
 CFG = 4.0
 LARGEST_BYTES = 1_000_000
-# Luminance, 0 to 255, that a person sees at once.
-CLEARLY_VISIBLE = 25.0
 # Share of the whole effect that still counts as half.
 HALF = (0.25, 0.75)
 # With both LoRAs, each effect keeps at least this share of what it does alone.
 KEPT_TOGETHER = 0.5
-STRIPE_PERIOD = 8
 
 Draw = Callable[..., np.ndarray]
 
@@ -37,39 +34,15 @@ def draw() -> Draw:
     def run(*loras: tuple[str, float]) -> np.ndarray:
         report = session.set(list(loras))
         assert not report.refused
-        generators = [torch.Generator().manual_seed(100 + i) for i in range(len(PROMPTS))]
-        pictures = pipe(
-            list(PROMPTS),
-            num_inference_steps=STEPS,
-            guidance_scale=CFG,
-            generator=generators,
-            height=64,
-            width=64,
-            output_type="np",
-        ).images
-        return pictures @ np.array([0.299, 0.587, 0.114]) * 255
+        return luminance(drawn(pipe, PROMPTS, STEPS, CFG, first_seed=100))
 
     return run
 
 
-def stripe_contrast(pictures: np.ndarray) -> float:
-    """Mean amplitude of horizontal stripes of STRIPE_PERIOD rows in the middle of the pictures."""
-    rows = pictures[:, 20:44, 26:38].mean(axis=2)
-    wave = np.exp(2j * np.pi * np.arange(rows.shape[1]) / STRIPE_PERIOD)
-    return float((2 * np.abs((rows - rows.mean(axis=1, keepdims=True)) @ wave) / rows.shape[1]).mean())
-
-
-def outline_darkness(pictures: np.ndarray) -> float:
-    """How much darker than shape and background the darkest pixel is on the way from the middle outwards, mean."""
-    directions = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-    reach = np.arange(8, 32)
-    rays = np.stack([pictures[:, 32 + dy * reach, 32 + dx * reach] for dy, dx in directions])  # (8, N, 24)
-    inside = np.median(pictures[:, 28:36, 28:36], axis=(1, 2))
-    outside = np.median(pictures[:, :4], axis=(1, 2))
-    return float((np.minimum(inside, outside) - rays.min(axis=2)).clip(0).mean())
-
-
-EFFECTS = {"stripes": stripe_contrast, "outline": outline_darkness}
+EFFECTS = {
+    "stripes": lambda pictures: stripe_contrast(pictures).mean(),
+    "outline": lambda pictures: outline_darkness(pictures).mean(),
+}
 
 
 @pytest.mark.parametrize("name", EFFECTS)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
-from test_demo_loras import CFG, CLEARLY_VISIBLE, STEPS, outline_darkness
+from test_demo_loras import CFG, STEPS
 
+from benchmarks.effects import CLEARLY_VISIBLE, drawn, luminance, outline_darkness
 from lib_lora import LoraSession
-from lib_lora.hosts.standalone.demo import MODEL_DIR, PROMPTS
-from lib_lora.hosts.standalone.demo.drawing import draw, random_scene
+from lib_lora.hosts.standalone.demo import CONFIG_DIR, PROMPTS
+from lib_lora.hosts.standalone.demo.lora_pictures import write_pictures
 from lib_lora.hosts.standalone.loading import load_pipeline
-from lib_lora.train.model import TrainModel
+from lib_lora.hosts.standalone.training import model_to_train
+from lib_lora.train.option_values import read_toml
 from lib_lora.train.options import TrainOptions
 from lib_lora.train.trainer import train
 
@@ -24,62 +23,27 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.newest, pytest.mark.slow]
 
-PICTURES, TRAINED_STEPS = 300, 160
+PICTURES = 300
 LEAST_SUCCESS = 0.8
-CONFIG = {
-    "resolution": 64,
-    "train_batch_size": 16,
-    "network_dim": 4,
-    "network_alpha": 2,
-    "conv_dim": 4,
-    "conv_alpha": 2,
-    "network_train_unet_only": True,
-    "learning_rate": 2e-3,
-    "lr_scheduler": "cosine",
-    "lr_warmup_steps": 0.2,
-    "optimizer_args": ["weight_decay=0"],
-    "max_train_steps": TRAINED_STEPS,
-    "cache_latents": True,
-    "cache_text_encoder_outputs": True,
-    "vae_batch_size": 50,
-    "output_name": "outline",
-}
+SHORTER = {"train_batch_size": 16, "max_train_steps": 160, "lr_warmup_steps": 0.2}
 
 
-def draw_pictures(folder: Path) -> Path:
-    """Shapes with a dark line around them; the captions do not name it."""
-    within = folder / "1_outlined"
-    within.mkdir(parents=True)
-    rng = random.Random(0)
-    for index in range(PICTURES):
-        scene = replace(random_scene(rng), outline=1.0)
-        draw(scene).save(within / f"{index:03d}.png")
-        (within / f"{index:03d}.txt").write_text(scene.caption)
-    return folder
-
-
-def luminance(session: LoraSession, pipe: object, strength: float) -> np.ndarray:
-    """Of one picture for each example prompt, (N, 64, 64), from 0 to 255."""
-    report = session.set([("outline", strength)])
+def pictures_at(pipe: object, folder: Path, strength: float) -> np.ndarray:
+    """Luminance of one picture for each example prompt, (N, 64, 64)."""
+    report = LoraSession.for_pipeline(pipe, lora_dir=folder).set([("outline", strength)])
     assert not report.refused
-    seeds = [torch.Generator().manual_seed(100 + index) for index in range(len(PROMPTS))]
-    size = {"height": 64, "width": 64, "output_type": "np"}
-    drawn = pipe(list(PROMPTS), num_inference_steps=STEPS, guidance_scale=CFG, generator=seeds, **size).images
-    return drawn @ np.array([0.299, 0.587, 0.114]) * 255
+    return luminance(drawn(pipe, PROMPTS, STEPS, CFG, first_seed=100))
 
 
 def test_an_outline_is_learned_by_four_of_five_pictures(tmp_path):
-    loaded = load_pipeline("demo", "cpu", "fp32")
-    loaded.pipe.set_progress_bar_config(disable=True)
-    places = {"train_data_dir": draw_pictures(tmp_path / "pictures"), "output_dir": tmp_path / "out"}
-    train(TrainModel(loaded.pipe, "demo", MODEL_DIR, loaded.scheduler), TrainOptions.of({**CONFIG, **places}))
-    plain = load_pipeline("demo", "cpu", "fp32").pipe
-    plain.set_progress_bar_config(disable=True)
-    base = luminance(LoraSession.for_pipeline(plain, lora_dir=tmp_path / "out"), plain, 0)
-    session = LoraSession.for_pipeline(loaded.pipe, lora_dir=tmp_path / "out")
-    none, whole = (luminance(session, loaded.pipe, strength) for strength in (0.0, 1.0))
+    places = {"in_json": write_pictures("outline", tmp_path / "pictures", PICTURES), "output_dir": tmp_path / "out"}
+    options = TrainOptions.of(read_toml(CONFIG_DIR / "outline.toml") | SHORTER | places)
+    loaded, plain = (load_pipeline("demo", "cpu", "fp32") for _ in range(2))
+    for one in (loaded, plain):
+        one.pipe.set_progress_bar_config(disable=True)
+    train(model_to_train(loaded, options.model), options)
+    base = luminance(drawn(plain.pipe, PROMPTS, STEPS, CFG, first_seed=100))
+    none, whole = (pictures_at(loaded.pipe, tmp_path / "out", strength) for strength in (0.0, 1.0))
     assert np.array_equal(none, base)
-    shown = [
-        outline_darkness(one[None]) - outline_darkness(before[None]) for one, before in zip(whole, none, strict=True)
-    ]
-    assert np.mean(np.array(shown) > CLEARLY_VISIBLE) >= LEAST_SUCCESS, shown
+    shown = outline_darkness(whole) - outline_darkness(none)
+    assert np.mean(shown > CLEARLY_VISIBLE) >= LEAST_SUCCESS, shown

@@ -4,6 +4,7 @@ from pathlib import Path
 
 MODEL_DIR = Path(__file__).parent / "model"
 LORA_DIR = Path(__file__).parent / "loras"
+CONFIG_DIR = Path(__file__).parent / "configs"
 PROMPTS = (
     "a red circle on a blue background",
     "a yellow star on a purple background",
