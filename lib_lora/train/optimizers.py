@@ -1,4 +1,4 @@
-"""Optimizers and learning rates by name: of torch, transformers (Adafactor), other packages, and diffusers.
+"""Optimizers by name: of torch, transformers (Adafactor) and other packages.
 
 The names are those of kohya's train_util.py (sd-scripts) too.
 """
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib_lora.errors import JobError
-from lib_lora.train.settings import LONGEST_WARM_UP
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,7 +44,6 @@ _PACKAGES = {
 """Name in small letters → class of a package that may be installed."""
 _FINDS_RATE = ("prodigy", "dadapt")
 """How names of optimizers begin that find the learning rate, one for all parameters; theirs is a factor of it."""
-_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
 def make_optimizer(groups: Sequence[Mapping[str, Any]], options: OptimizerOptions) -> Optimizer:
@@ -88,8 +86,12 @@ def _made(kind: Any, groups: Sequence[Mapping[str, Any]], settings: Mapping[str,
     return kind([dict(group) for group in groups], **settings)
 
 
-def read_settings(texts: Sequence[str]) -> dict[str, Any]:
+def read_settings(texts: Sequence[str], option: str = "optimizer_args") -> dict[str, Any]:
     """Name → value of ``name=value`` texts, the values as Python writes them.
+
+    Args:
+        texts: Of an option.
+        option: Its name.
 
     Raises:
         JobError: If one is no such text.
@@ -100,29 +102,8 @@ def read_settings(texts: Sequence[str]) -> dict[str, Any]:
         try:
             settings[name.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError) as error:
-            raise JobError(f"optimizer_args: {text!r} is not name=value, such as weight_decay=0.01") from error
+            raise JobError(f"{option}: {text!r} is not name=value, such as weight_decay=0.01") from error
     return settings
-
-
-def make_schedule(optimizer: Optimizer, options: OptimizerOptions, steps: int) -> Any:
-    """The schedule of learning rates of that name in diffusers; to be stepped once for each step of the optimizer.
-
-    Raises:
-        JobError: If there is no such schedule.
-    """
-    from diffusers.optimization import get_scheduler
-
-    if options.lr_scheduler not in _SCHEDULES:
-        raise JobError(f"there is no lr_scheduler {options.lr_scheduler!r}; there are {', '.join(_SCHEDULES)}")
-    warm = options.lr_warmup_steps
-    return get_scheduler(
-        options.lr_scheduler,
-        optimizer,
-        num_warmup_steps=round(warm * steps) if warm < LONGEST_WARM_UP else round(warm),
-        num_training_steps=steps,
-        num_cycles=options.lr_scheduler_num_cycles,
-        power=options.lr_scheduler_power,
-    )
 
 
 def _kind(name: str) -> tuple[Any, dict[str, Any]]:

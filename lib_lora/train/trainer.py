@@ -22,10 +22,11 @@ from lib_lora.train.encoders import Encoders
 from lib_lora.train.engine import agreed, frozen_dtype, keep_fewer_activations, make_accelerator
 from lib_lora.train.noise import NoiseSchedule, draw, learned_noise, mixed_seed
 from lib_lora.train.objective import Objective
-from lib_lora.train.optimizers import make_optimizer, make_schedule
+from lib_lora.train.optimizers import make_optimizer
 from lib_lora.train.progress import Meter, unheard
 from lib_lora.train.results import Results, check_results
 from lib_lora.train.samples import draw_class_pictures
+from lib_lora.train.schedules import make_schedule
 from lib_lora.train.state import State, pack_optimizer, unpack_optimizer
 from lib_lora.train.trainees import make_trainee
 

@@ -16,7 +16,8 @@ from lib_lora.errors import JobError
 from lib_lora.train.averages import MovingAverage
 from lib_lora.train.losses import min_snr_weights, sample_losses
 from lib_lora.train.noise import NoiseSchedule, draw, learned_noise
-from lib_lora.train.optimizers import make_optimizer, make_schedule
+from lib_lora.train.optimizers import make_optimizer
+from lib_lora.train.schedules import make_schedule
 from lib_lora.train.settings import NoiseOptions, OptimizerOptions
 from lib_lora.train.text import PIECE, captions_to_tokens, tokenize, tokens_to_states
 
