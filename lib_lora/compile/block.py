@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from lib_lora.compile.attempt import Failure, attempt
 from lib_lora.compile.forms import call_form, copied
 from lib_lora.compile.judge import disagreement, is_finite
+from lib_lora.compile.place import Place, own_method
 from lib_lora.compile.variants import Variant
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lib_lora.compile.forms import CallForm
 
 RELEASED = "released"
+METHODS = ("forward", "_forward")
+"""What other code replaces in a module to change what it does; LDM's blocks have the second within the first."""
 MOST_FORMS = 64
 """A number that is new in every call would be compiled for without end."""
 MOST_VAIN = 8
@@ -37,7 +39,6 @@ class Block:
     Attributes:
         name: In its model.
         module: The block.
-        eager: Its forward as it was.
         variant: The block as it is, or was in the last call, with what was compiled for it.
         reason: Why it stays eager whatever it will be, a clause, or ``""``.
         is_paused: Whether it computes eagerly for a while.
@@ -60,28 +61,25 @@ class Block:
         """
         self.name = name
         self.module = module
-        self.eager: Callable[..., Any] = module.forward
         self.reason = ""
         self.is_paused = False
         self._vain = 0
         self._ask, self._fail = ask, fail
-        self._others = vars(module).get("forward")
-        self._inside = [vars(part) for part in module.modules() if part is not module]
-        self._replaced = [inside.get("forward") for inside in self._inside]
-        self._hooks = [inside[kind] for inside in self._inside for kind in ("_forward_hooks", "_forward_pre_hooks")]
-        self.variant = self._before = Variant(name, module, self.eager)
+        inside = [part for part in module.modules() if part is not module]
+        self._hooks = [vars(part)[kind] for part in inside for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        self._methods = _Methods(inside)
+        self._place = Place(module, self.call)
+        self.start_over()
 
-        @functools.wraps(self.eager)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self.call(args, kwargs)
-
-        self._forward = forward
-        module.forward = forward
+    @property
+    def eager(self) -> Callable[..., Any]:
+        """Its forward as it was."""
+        return self._place.eager
 
     @property
     def is_altered(self) -> bool:
-        """Whether other code hooked or replaced forwards inside since: a graph that was compiled does not see that."""
-        return any(self._hooks) or [inside.get("forward") for inside in self._inside] != self._replaced
+        """Whether other code hooked or replaced forwards since: a graph that was compiled does not see that."""
+        return self._place.is_covered or any(self._hooks) or self._methods.are_replaced
 
     @property
     def is_idle(self) -> bool:
@@ -107,16 +105,16 @@ class Block:
         """Forget all that was compiled."""
         self.variant = self._before = Variant(self.name, self.module, self.eager)
 
+    def stand_again(self) -> None:
+        """Take the forward's place once more, if other code put back what it had met there before."""
+        if not self.reason and self._place.take_again():
+            self.start_over()
+
     def release(self) -> None:
         """Give the forward back; where somebody else put another over it, that one reaches the eager one."""
         self.reason = RELEASED
         self.start_over()
-        if vars(self.module).get("forward") is not self._forward:
-            return
-        if self._others is None:
-            del self.module.forward
-        else:
-            self.module.forward = self._others
+        self._place.leave()
 
     def _is_known(self) -> bool:
         """Find the variant that the block is now; False if that is another one all the time."""
@@ -162,3 +160,26 @@ class Block:
         if self._vain > MOST_VAIN:
             self._fail(self, self.variant, Failure(clause))
             self.reason = self.reason or clause
+
+
+class _Methods:
+    """How modules compute: by methods of their classes, or by what was put over these."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        places = [(module, name) for module in modules for name in METHODS if hasattr(module, name)]
+        self._places = [(vars(module), name) for module, name in places]
+        self._were = self._now()
+        self._plain = [
+            own_method(*place) if was is None else was for place, was in zip(places, self._were, strict=True)
+        ]
+
+    @property
+    def are_replaced(self) -> bool:
+        """Whether any is another since; its class's own may be put over itself."""
+        now = self._now()
+        return now != self._were and any(
+            one is not was and one != plain for one, was, plain in zip(now, self._were, self._plain, strict=True)
+        )
+
+    def _now(self) -> list[Any]:
+        return [attributes.get(name) for attributes, name in self._places]

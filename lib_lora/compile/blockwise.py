@@ -100,6 +100,7 @@ class BlockwiseHandle:
         self._pause = clause
         for block in self._blocks:
             block.is_paused = bool(clause)
+            block.stand_again()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Until nothing is left to compile."""
