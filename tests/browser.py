@@ -46,6 +46,8 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 """Makes two descriptors the ones that the browser takes for the protocol's pipes."""
 SECONDS = 30
+STILL_MS = 50
+"""For so long an element has to be at its place before it is clicked."""
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 """Key → its number for a browser."""
 
@@ -136,15 +138,18 @@ class Browser:
         raise TimeoutError(f"not within {seconds} s, last {value!r}: {script}")
 
     def box(self, selector: str) -> dict[str, float]:
-        """Where the first visible element of a selector is: x, y, width, height; scrolled into view."""
+        """Where the first visible element of a selector is, when it stands still: x, y, width, height; scrolled to."""
         return self.wait(
-            f"""(() => {{
+            f"""(async () => {{
                 const seen = [...document.querySelectorAll({json.dumps(selector)})].find((one) => one.offsetParent);
                 if (!seen) return null;
                 const inside = (box) => box.top >= 0 && box.bottom <= innerHeight;
                 if (!inside(seen.getBoundingClientRect())) seen.scrollIntoView({{block: "center"}});
+                const before = seen.getBoundingClientRect();
+                await new Promise((done) => setTimeout(done, {STILL_MS}));
                 const box = seen.getBoundingClientRect();
-                return {{x: box.x, y: box.y, width: box.width, height: box.height}};
+                const stands = seen.isConnected && box.x === before.x && box.y === before.y;
+                return stands && {{x: box.x, y: box.y, width: box.width, height: box.height}};
             }})()""",
             10,
         )

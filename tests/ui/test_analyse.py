@@ -28,7 +28,7 @@ def width_of(path: Path) -> int:
 def open_lora(page: PageDriver, name: str) -> None:
     page.sub_tab("Analyse")
     page.choose("analyse.lora", name)
-    page.job_end(FORM)
+    page.wait(f"document.querySelectorAll('{BLOCKS} label').length")  # what is below has its place from now on
 
 
 def tick(page: PageDriver, block: str) -> None:
@@ -69,6 +69,8 @@ def test_pictures_appear_one_by_one_and_end_as_a_sheet(page: PageDriver, server:
 
 def test_drawing_can_be_cancelled_and_keeps_nothing(page: PageDriver, server: PageServer) -> None:
     open_lora(page, "outline")
+    for block in page.texts(f"{BLOCKS} label"):
+        tick(page, block)
     page.slide("analyse.steps", 50)
     page.click("analyse.start")
     page.wait(f"document.querySelectorAll('{PICTURES}').length", 120)

@@ -7,7 +7,7 @@ import importlib.util
 import runpy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -173,22 +173,22 @@ def reference(template: Model, lora_dir: Path, request, prompt: str, **options) 
 
 
 def imported() -> Iterator[None]:
-    """The fake package in the place of the WebUI's, and torch as it was afterwards."""
+    """The fake package in the place of the WebUI's; torch and gradio are as they were afterwards."""
     forward, load = nn.Linear.forward, nn.Linear._load_from_state_dict
     sys.path[:0] = [str(FAKE), str(FAKE / "builtin_lora")]
-    _forget()
+    before = _taken_out()
     if "fastapi" not in sys.modules and importlib.util.find_spec("fastapi") is None:
         sys.modules["fastapi"] = SERVER
     yield
-    _forget()
+    _taken_out()
+    sys.modules.update(before)  # a second gradio would not know the pages that are made with the first
     if sys.modules.get("fastapi") is SERVER:
         del sys.modules["fastapi"]
     del sys.path[:2]
     nn.Linear.forward, nn.Linear._load_from_state_dict = forward, load
 
 
-def _forget() -> None:
-    """Modules of the fake, and ours that hold on to them."""
-    for name in list(sys.modules):
-        if name.split(".")[0] in THEIRS or name.startswith(OURS):
-            del sys.modules[name]
+def _taken_out() -> dict[str, ModuleType]:
+    """Modules of the fake, or those in whose place they come, and ours that hold on to them."""
+    names = [name for name in sys.modules if name.split(".")[0] in THEIRS or name.startswith(OURS)]
+    return {name: sys.modules.pop(name) for name in names}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
+
+from tests.webui import stand_in
 
 websockets = pytest.importorskip("starlette.websockets")
 
@@ -76,3 +78,13 @@ def test_gradio_is_as_it_was_after_reloads(pages):
     pages.leave_open()
     pages.leave_open()
     assert Queue.process_events is before
+
+
+def test_the_stand_in_leaves_the_gradio_that_was_there(monkeypatch):
+    there = ModuleType("gradio")
+    monkeypatch.setitem(sys.modules, "gradio", there)
+    for _ in stand_in.imported():
+        import gradio
+
+        assert gradio is not there
+    assert sys.modules["gradio"] is there
