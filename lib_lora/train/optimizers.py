@@ -34,7 +34,6 @@ _PACKAGES = {
     "prodigy": "prodigyopt.Prodigy",
     "dadaptation": "dadaptation.experimental.DAdaptAdamPreprint",
     "dadaptadampreprint": "dadaptation.experimental.DAdaptAdamPreprint",
-    "dadaptadanip": "dadaptation.experimental.DAdaptAdanIP",
     "dadaptadagrad": "dadaptation.DAdaptAdaGrad",
     "dadaptadam": "dadaptation.DAdaptAdam",
     "dadaptadan": "dadaptation.DAdaptAdan",
