@@ -78,7 +78,7 @@ def huber_borders(schedule: NoiseSchedule, times: Tensor, options: LossOptions) 
 def time_weights(schedule: NoiseSchedule, times: Tensor, options: LossOptions) -> Tensor:
     """What each picture's time counts, (N,) float32."""
     weights = torch.ones(times.shape, device=times.device)
-    if options.min_snr_gamma is not None:
+    if options.min_snr_gamma:
         weights = weights * min_snr_weights(schedule, times, options.min_snr_gamma)
     snr = schedule.snr(times).clamp(max=LARGEST_SNR)
     if options.scale_v_pred_loss_like_noise_pred:

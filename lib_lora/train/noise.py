@@ -48,13 +48,15 @@ class NoiseSchedule:
 
         Args:
             config: Configuration of the scheduler that came with the model, in diffusers' words.
-            zero_terminal_snr: Whether betas are rescaled so that nothing of the picture is left at the last time.
+            zero_terminal_snr: Whether betas are rescaled so that nothing of the picture is left at the last time, even
+                if the configuration does not say so.
             v_prediction: What the model predicts; None for what the configuration says.
         """
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         used: dict[str, Any] = {key: config[key] for key in _USED if config.get(key) is not None}
-        scheduler = DDPMScheduler(**used, rescale_betas_zero_snr=zero_terminal_snr)
+        rescaled = zero_terminal_snr or bool(config.get("rescale_betas_zero_snr"))
+        scheduler = DDPMScheduler(**used, rescale_betas_zero_snr=rescaled)
         said = config.get("prediction_type") == "v_prediction" if v_prediction is None else v_prediction
         return cls(scheduler.alphas_cumprod.float(), "v_prediction" if said else "epsilon")
 

@@ -14,11 +14,11 @@ from transformers import CLIPTokenizer
 
 from lib_lora.errors import JobError
 from lib_lora.train.averages import MovingAverage
-from lib_lora.train.losses import min_snr_weights, sample_losses
+from lib_lora.train.losses import min_snr_weights, sample_losses, time_weights
 from lib_lora.train.noise import NoiseSchedule, draw, learned_noise
 from lib_lora.train.optimizers import make_optimizer
 from lib_lora.train.schedules import make_schedule
-from lib_lora.train.settings import NoiseOptions, OptimizerOptions
+from lib_lora.train.settings import LossOptions, NoiseOptions, OptimizerOptions
 from lib_lora.train.text import PIECE, captions_to_tokens, tokenize, tokens_to_states
 
 pytestmark = pytest.mark.newest
@@ -45,7 +45,8 @@ def test_noise_and_targets_are_those_of_diffusers(prediction, zero):
 def test_nothing_of_the_picture_is_left_at_the_end_with_zero_terminal_snr():
     last = torch.tensor([999])
     assert NoiseSchedule.of_scheduler(SD).snr(last) > 1e-3
-    assert NoiseSchedule.of_scheduler(SD, zero_terminal_snr=True).snr(last) < 1e-12
+    for said in ({}, {"rescale_betas_zero_snr": True}):  # by the options, or by the model
+        assert NoiseSchedule.of_scheduler(SD | said, zero_terminal_snr=not said).snr(last) < 1e-12
 
 
 def test_weights_of_times_are_those_of_min_snr():
@@ -61,6 +62,11 @@ def test_weights_of_times_are_finite_where_nothing_of_the_picture_is_left():
     for v in (False, True):
         schedule = NoiseSchedule.of_scheduler(SD, zero_terminal_snr=True, v_prediction=v)
         assert min_snr_weights(schedule, TIMES, 5.0).isfinite().all()
+
+
+def test_a_gamma_of_0_weighs_all_times_alike():
+    weights = time_weights(NoiseSchedule.of_scheduler(SD), TIMES, LossOptions(min_snr_gamma=0.0))
+    assert torch.equal(weights, torch.ones(len(TIMES)))
 
 
 def test_losses_of_pictures_have_the_mean_of_all_numbers():
