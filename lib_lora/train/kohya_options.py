@@ -25,9 +25,10 @@ OFF_AT_ZERO = (
 
 RENAMED = {"caption_extention": "caption_extension"}
 
-STAND_FOR: Mapping[str, tuple[str, str]] = {
+STAND_FOR: Mapping[str, tuple[str, Any]] = {
     "use_8bit_adam": ("optimizer_type", "AdamW8bit"),
     "use_lion_optimizer": ("optimizer_type", "Lion"),
+    "save_state": ("save_state_on_train_end", True),
 }
 """Switch → the option and its value that it stands for."""
 
@@ -69,6 +70,7 @@ NO_EFFECT: Mapping[str, tuple[str, ...]] = {
     "gradients of all layers are kept for a step": ("fused_backward_pass",),
     "what is trained is always float32": ("full_fp16", "full_bf16"),
     "the log is TensorBoard's": ("log_with",),
+    "save_last_n_states says how many states are kept": ("save_last_n_epochs_state", "save_last_n_steps_state"),
     "sd-scripts do not know it when they train a network": ("stop_text_encoder_training",),
     "": (
         *("config_file", "v2", "tokenizer_cache_dir", "no_half_vae", "disable_mmap_load_safetensors"),
@@ -82,7 +84,14 @@ NO_EFFECT: Mapping[str, tuple[str, ...]] = {
         *("huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token", "huggingface_repo_visibility"),
         "async_upload",
         *("validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"),
-        *("use_safetensors", "epoch", "noise_offset_type", "skip_until_initial_step"),
+        *(
+            "use_safetensors",
+            "custom_attributes",
+            "base_weights_multiplier",
+            "epoch",
+            "noise_offset_type",
+            "skip_until_initial_step",
+        ),
     ),
 }
 """Why it changes nothing here → options. Nothing is said of those without a reason: they serve others that are
@@ -106,11 +115,15 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
         "validation_split",
     ),
     "files are written as .safetensors": ("save_model_as",),
+    "captions are read as they stand, as most tools do": ("weighted_captions",),
+    "the header of the file has no room for pictures": ("metadata_thumbnail",),
+    "a file of its own is read from dataset_config, with [general] and [[datasets]]": ("datasets",),
     _HUB: ("huggingface_repo_id", "save_state_to_huggingface", "resume_from_huggingface"),
     _GO_ON: ("initial_step", "initial_epoch"),
     "`train --options` lists what there is, and a TOML file of yours is not changed": ("output_config",),
     "the pictures that would be used are told on the Train page, by Look at the pictures": ("debug_dataset",),
     "folders, lists and dataset_config are read; data sets in Python are not": ("dataset_class",),
+    "the base is trained on as it is; `python -m lib_lora merge` makes one with LoRAs in it": ("base_weights",),
     "inpainting models are not trained here": ("train_inpainting",),
     "SD1, SD2 and SDXL are trained here; that is an option of other models": (
         *("ae", "clip_g", "clip_l", "t5xxl", "gemma2", "qwen3", "byt5", "text_encoder", "model_type"),

@@ -34,37 +34,33 @@ _OPTIONS = (
     *("zero_terminal_snr", "min_snr_gamma", "prior_loss_weight", "training_comment"),
     *("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "keep_tokens"),
     *("flip_aug", "random_crop", "shuffle_caption", "enable_bucket", "bucket_no_upscale"),
-    *("min_bucket_reso", "max_bucket_reso"),
+    *("min_bucket_reso", "max_bucket_reso", "multires_noise_iterations", "multires_noise_discount"),
+    *("adaptive_noise_scale", "noise_offset_random_strength", "ip_noise_gamma", "ip_noise_gamma_random_strength"),
+    *("loss_type", "huber_schedule", "huber_scale", "huber_c"),
 )
 """Options that are written under their names, with ``ss_`` before them; what there is no option of is None."""
 _NONE_IF_ZERO = ("network_dropout", "noise_offset")
 """The same of options that kohya leaves out in another way."""
-_NEVER = (
-    *("full_fp16", "lowram", "color_aug", "fp8_base", "fp8_base_unet", "debiased_estimation"),
-    *("noise_offset_random_strength", "ip_noise_gamma_random_strength"),
-)
+_NEVER = ("full_fp16", "lowram", "color_aug", "fp8_base", "fp8_base_unet")
 _NONE = (
-    *("multires_noise_iterations", "adaptive_noise_scale", "ip_noise_gamma", "face_crop_aug_range"),
-    *("resize_interpolation", "validation_seed", "max_validation_steps"),
+    *("face_crop_aug_range", "resize_interpolation", "validation_seed", "max_validation_steps"),
     *("validate_every_n_epochs", "validate_every_n_steps"),
 )
 _UNUSED: Mapping[str, Any] = {
     **dict.fromkeys(_NEVER, False),
     **dict.fromkeys(_NONE),
-    "multires_noise_discount": 0.3,
     "num_validation_images": 0,
     "validation_split": 0.0,
-    "loss_type": "l2",
-    "huber_schedule": "snr",
-    "huber_scale": 1.0,
-    "huber_c": 0.1,
 }
 """What kohya's trainer writes of options that are not used, and that there are not here."""
 _MINIMUM = tuple(
     f"ss_{name}"
     for name in ("v2", "base_model_version", "network_module", "network_dim", "network_alpha", "network_args")
 )
-_SPEC = ("author", "description", "license", "tags")
+_SPEC = (
+    *("author", "description", "license", "tags", "usage_hint", "trigger_phrase", "merged_from", "preprocessor"),
+    "is_negative_embedding",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +127,7 @@ def training_metadata(
     """
     told = _course(facts, reached) | {name: facts.options.get(name) for name in _OPTIONS}
     told |= {name: facts.options.get(name) or None for name in _NONE_IF_ZERO}
-    told |= _data(facts) | dict(_UNUSED)
+    told |= _data(facts) | dict(_UNUSED) | {"debiased_estimation": facts.options.get("debiased_estimation_loss")}
     texts = {f"ss_{name}": str(value) for name, value in told.items()}
     texts |= _network(network) | base_model_facts(network.family, facts.prediction)
     texts |= {"ss_sd_model_name": facts.model_name, **facts.model_hashes}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib_lora.core.opening import reason_of, shown
-from lib_lora.core.saving import check_writable, output_path
+from lib_lora.core.saving import check_writable, output_path, remove_file
 from lib_lora.errors import OutputError, PrefuseError, TrainError
 from lib_lora.train.board import Board, summary_writer
 from lib_lora.train.engine import is_finite
@@ -23,7 +23,7 @@ from lib_lora.train.samples import draw_samples, read_prompts
 from lib_lora.train.state import read_state, write_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterable
     from pathlib import Path
 
     from lib_lora.train.data.dataset import Dataset
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lib_lora.train.options import TrainOptions
     from lib_lora.train.progress import TrainProgress
     from lib_lora.train.samples import Draw
+    from lib_lora.train.settings import OutputOptions
     from lib_lora.train.trainer import Training
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,18 @@ def check_results(options: TrainOptions) -> None:
         read_prompts(output.sample_prompts)
     if output.logging_dir is not None:
         summary_writer()
+
+
+def outdated_steps(step: int, output: OutputOptions) -> range:
+    """Steps whose file is deleted: those before the last ones that are kept, as kohya counts them."""
+    every, kept = output.save_every_n_steps, output.save_last_n_steps
+    return range(every, step - kept, every) if every and kept else range(0)
+
+
+def outdated_epochs(epoch: int, every: int | None, output: OutputOptions) -> range:
+    """The same of epochs, of which so many are kept."""
+    kept = output.save_last_n_epochs
+    return range(every, epoch - every * kept + 1, every) if every and kept else range(0)
 
 
 class Results:
@@ -85,7 +98,7 @@ class Results:
         self._first = 0
         self._board: Board | None = None
         self._samples: list[Path] = []
-        self._notes = [*training.trainee.notes, *dataset.report.notes]
+        self._notes = [*training.options.notes, *training.trainee.notes, *dataset.report.notes]
 
     def resume(self) -> int:
         """Load the state that the options name; the steps that it has done.
@@ -117,6 +130,11 @@ class Results:
         finally:
             self._board.close()
 
+    def before_first(self) -> None:
+        """Draw what is wanted before anything is learned."""
+        if self._options.sample_at_first:
+            self._draw_samples(0)
+
     def after_step(self, step: int) -> None:
         """Draw and write what is due.
 
@@ -131,9 +149,11 @@ class Results:
         if step == self._training.steps:
             return
         if _due(step, output.save_every_n_steps):
-            self._save(self._named(f"-step{step:08d}"), step)
-        if ended and _due(epoch, output.save_every_n_epochs):
-            self._save(self._named(f"-{epoch:06d}"), step)
+            self._save(self._of_step(step), step)
+            self._remove(self._of_step(one) for one in outdated_steps(step, output))
+        if ended and _due(epoch, self._every_epochs()):
+            self._save(self._of_epoch(epoch), step)
+            self._remove(self._of_epoch(one) for one in outdated_epochs(epoch, self._every_epochs(), output))
         if _due(step, output.save_state_every_n_steps):
             self.save_state(step)
 
@@ -158,7 +178,7 @@ class Results:
             TrainError: If what was learned is not finite.
             OutputError: If it can not be written.
         """
-        if stopped and step < self._training.steps:
+        if (stopped and step < self._training.steps) or self._options.save_state_on_train_end:
             self.save_state(step)
         paths = self._save(self._stem, step)
         return TrainOutcome(
@@ -174,8 +194,22 @@ class Results:
             tuple(self._notes),
         )
 
-    def _named(self, ending: str) -> Path:
-        return self._stem.with_name(f"{self._stem.name}{ending}")
+    def _of_step(self, step: int) -> Path:
+        return self._stem.with_name(f"{self._stem.name}-step{step:08d}")
+
+    def _of_epoch(self, epoch: int) -> Path:
+        return self._stem.with_name(f"{self._stem.name}-{epoch:06d}")
+
+    def _every_epochs(self) -> int | None:
+        """After how many epochs is saved."""
+        ratio = self._options.save_n_epoch_ratio
+        return self._options.save_every_n_epochs if ratio is None else max(1, self._facts.epochs // ratio)
+
+    def _remove(self, stems: Iterable[Path]) -> None:
+        """Delete what was saved before, of a network; models are kept."""
+        if self._training.accelerator.is_main_process and not self._training.options.model.full:
+            for path in (path for stem in stems for path in self._training.trainee.paths(stem)):
+                remove_file(path)
 
     def _save(self, stem: Path, step: int) -> tuple[Path, ...]:
         paths = self._training.trainee.paths(stem)

@@ -21,6 +21,7 @@ class ModelOptions:
 
     Attributes:
         pretrained_model_name_or_path: ``demo``, a diffusers folder, or a checkpoint file of SD1, SD2 or SDXL.
+        vae: Another autoencoder: a file or a folder.
         tokenizer: Folder or file with CLIP's vocabulary, for a checkpoint file.
         v_parameterization: Whether the model predicts v; by default as the model says.
         clip_skip: The layer of SD1's or SD2's text encoder that is read, counted from the last, which is 1.
@@ -28,6 +29,7 @@ class ModelOptions:
     """
 
     pretrained_model_name_or_path: str = "demo"
+    vae: Path | None = None
     tokenizer: Path | None = None
     v_parameterization: bool | None = None
     clip_skip: int | None = None
@@ -184,9 +186,14 @@ class OutputOptions:
         save_precision: Type of the saved numbers: float, fp16 or bf16.
         save_every_n_epochs: Save what is learned so far, too.
         save_every_n_steps: Save what is learned so far, too.
+        save_n_epoch_ratio: Save so many times in all, instead of save_every_n_epochs.
+        save_last_n_epochs: Of those saved after epochs, so many are kept.
+        save_last_n_steps: Those saved in so many last steps are kept.
         save_state_every_n_steps: Save all that is needed to go on; 0 for never.
         save_last_n_states: So many of these are kept.
+        save_state_on_train_end: Save it at the end, too, so that the training can be made longer.
         resume: Go on from a state: its file, or the folder of states for the newest.
+        sample_at_first: Draw pictures before the first step.
         sample_every_n_steps: Draw pictures.
         sample_every_n_epochs: Draw pictures.
         sample_prompts: A text file: in each line a prompt, then kohya's --n --w --h --d --l --s.
@@ -199,6 +206,11 @@ class OutputOptions:
         metadata_description: Description in the file.
         metadata_license: Licence in the file.
         metadata_tags: Tags in the file.
+        metadata_usage_hint: How to use it, in the file.
+        metadata_trigger_phrase: Trigger words in the file.
+        metadata_merged_from: What it was merged from, in the file.
+        metadata_preprocessor: A preprocessor's name in the file.
+        metadata_is_negative_embedding: Whether it is one, in the file.
         training_comment: Any text in the file, such as trigger words.
     """
 
@@ -207,9 +219,14 @@ class OutputOptions:
     save_precision: Literal["float", "fp16", "bf16"] = "fp16"
     save_every_n_epochs: int | None = None
     save_every_n_steps: int | None = None
+    save_n_epoch_ratio: int | None = None
+    save_last_n_epochs: int | None = None
+    save_last_n_steps: int | None = None
     save_state_every_n_steps: int = 500
     save_last_n_states: int = 2
+    save_state_on_train_end: bool = False
     resume: Path | None = None
+    sample_at_first: bool = False
     sample_every_n_steps: int | None = None
     sample_every_n_epochs: int | None = None
     sample_prompts: Path | None = None
@@ -222,12 +239,17 @@ class OutputOptions:
     metadata_description: str | None = None
     metadata_license: str | None = None
     metadata_tags: str | None = None
+    metadata_usage_hint: str | None = None
+    metadata_trigger_phrase: str | None = None
+    metadata_merged_from: str | None = None
+    metadata_preprocessor: str | None = None
+    metadata_is_negative_embedding: str | None = None
     training_comment: str | None = None
 
     @property
     def samples(self) -> bool:
         """Whether pictures are drawn."""
-        return (self.sample_every_n_steps or self.sample_every_n_epochs) is not None
+        return self.sample_at_first or (self.sample_every_n_steps or self.sample_every_n_epochs) is not None
 
 
 AT_LEAST = {
@@ -255,6 +277,9 @@ AT_LEAST = {
     "max_train_epochs": 1,
     "save_every_n_epochs": 1,
     "save_every_n_steps": 1,
+    "save_n_epoch_ratio": 1,
+    "save_last_n_epochs": 1,
+    "save_last_n_steps": 1,
     "save_state_every_n_steps": 0,
     "save_last_n_states": 1,
     "sample_every_n_steps": 1,

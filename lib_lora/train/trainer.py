@@ -132,6 +132,8 @@ def _run(training: Training, results: Results, progress: Listener, wishes: Wishe
     meter, start = Meter(training.steps, training.accelerator.device), time.perf_counter()
     step, wish = first, Wish.GO
     with closing(training.batches(first)) as batches, results.board() as board:
+        if not first:
+            results.before_first()
         while step < training.steps and wish is not Wish.STOP:
             loss = training.step(batches, step)
             step += 1

@@ -144,6 +144,31 @@ def test_values_are_written_as_kohya_writes_them(network):
     assert {key: metadata[key] for key in expected} == expected
 
 
+def test_losses_noise_and_words_of_the_user_are_told_under_kohyas_names(network):
+    given = {
+        "loss_type": "huber",
+        "debiased_estimation_loss": True,
+        "multires_noise_iterations": 6,
+        "ip_noise_gamma": 0.1,
+        "metadata_trigger_phrase": "a cat",
+        "metadata_usage_hint": "at 0.8",
+    }
+    known = facts(options=TrainOptions.of(VALUES | given).values())
+    metadata = training_metadata(network, known, Reached(500, 2, 1767323999.5), now=NOW)
+    expected = {
+        "ss_loss_type": "huber",
+        "ss_huber_schedule": "snr",
+        "ss_debiased_estimation": "True",
+        "ss_multires_noise_iterations": "6",
+        "ss_multires_noise_discount": "0.3",
+        "ss_ip_noise_gamma": "0.1",
+        "ss_adaptive_noise_scale": "None",
+        "modelspec.trigger_phrase": "a cat",
+        "modelspec.usage_hint": "at 0.8",
+    }
+    assert {key: metadata[key] for key in expected} == expected
+
+
 def test_pictures_are_told_by_folder_and_bucket(network):
     metadata = told(network)
     assert json.loads(metadata["ss_dataset_dirs"]) == {

@@ -11,6 +11,7 @@ from lib_lora.hosts.host import GenerateRequest
 from lib_lora.hosts.standalone.demo import MODEL_DIR
 from lib_lora.hosts.standalone.generate import generate
 from lib_lora.hosts.standalone.loading import DEMO, load_pipeline
+from lib_lora.hosts.standalone.vae import load_vae
 from lib_lora.pipelines import pipeline_components
 from lib_lora.session import LoraSession
 from lib_lora.train.model import TrainModel
@@ -35,7 +36,10 @@ def load_model(options: ModelOptions) -> LoadedModel:
     named = options.pretrained_model_name_or_path
     predictions: dict[bool | None, Literal["auto", "epsilon", "v"]] = {None: "auto", True: "v", False: "epsilon"}
     prediction = predictions[options.v_parameterization]
-    return load_pipeline(named, "cpu", "fp32", tokenizer=options.tokenizer, prediction=prediction)
+    loaded = load_pipeline(named, "cpu", "fp32", tokenizer=options.tokenizer, prediction=prediction)
+    if options.vae is not None:
+        loaded.pipe.vae = load_vae(options.vae, loaded.pipe.vae)
+    return loaded
 
 
 def model_to_train(loaded: LoadedModel, options: ModelOptions) -> TrainModel:
