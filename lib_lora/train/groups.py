@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from lib_lora.train.network_options import NetworkOptions
 
 
+TEXT_GROUP = "textencoder"
+"""How names of the text encoders' groups begin."""
+
+
 class Rates(NamedTuple):
     """Learning rates; None stands for `default`.
 
@@ -51,7 +55,7 @@ def parameter_groups(
     every = options.loraplus_lr_ratio
     encoders = [layer for layer in layers if layer.component != "unet"]
     ratio = options.loraplus_text_encoder_lr_ratio or every
-    groups = list(_split("textencoder", encoders, rates.of("te1"), ratio))
+    groups = list(_split(TEXT_GROUP, encoders, rates.of("te1"), ratio))
     ratio = options.loraplus_unet_lr_ratio or every
     for name, part, weight in _unet_parts(layers, options, layout):
         groups += _split(name, part, rates.of("unet") * weight, ratio)

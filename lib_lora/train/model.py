@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib_lora.core.keymap import KeyMap
 from lib_lora.core.models import BaseModel
+from lib_lora.errors import JobError
 from lib_lora.pipelines import pipeline_components
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lib_lora.tools.metadata import Prediction
+    from lib_lora.train.options import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,23 @@ class TrainModel:
     def is_sdxl(self) -> bool:
         """Whether the UNet reads the pooled text and sizes too."""
         return len(self.text_encoders) > 1
+
+
+def check_model(model: TrainModel, options: TrainOptions) -> None:
+    """Refuse a model that can not be trained here, and options that ask for what it has not.
+
+    Raises:
+        JobError: If it paints within masks, or has fewer layers or times than the options name.
+    """
+    read, given = model.unet.config.in_channels, model.vae.config.latent_channels
+    if read != given:
+        raise JobError(
+            f"{model.name} paints within masks: it reads {read} channels, where a picture has {given}. "
+            "Train on the model that it was made from"
+        )
+    layers, clip_skip = model.text_encoders[0].config.num_hidden_layers, options.model.clip_skip or 1
+    if clip_skip > layers:
+        raise JobError(f"clip_skip {clip_skip} is no layer of {model.name}, whose text encoder has {layers}")
+    times, last = model.scheduler.get("num_train_timesteps", 1000), options.loss.max_timestep
+    if last > times:
+        raise JobError(f"max_timestep {last} is above the {times} times of {model.name}")

@@ -64,7 +64,7 @@ class WeightsFile:
         """Give its effect to layers of a network, by name; sentences about what is left out.
 
         Raises:
-            TrainError: If one has another rank.
+            TrainError: If one has another rank, or the file has none of them.
         """
         for target, adapter in self.layers:
             layer = layers.get(target.name)
@@ -74,6 +74,8 @@ class WeightsFile:
                     "change them, or take ranks from the file with dim_from_weights"
                 )
         found = [(layers[target.name], adapter) for target, adapter in self.layers if target.name in layers]
+        if not found:
+            raise TrainError(f"{self._name} has no layer of those that are trained; a training can not go on from it")
         for layer, adapter in found:
             layer.load(adapter)
         if left := self._untrained + len(self.layers) - len(found):

@@ -65,7 +65,7 @@ def make_optimizer(groups: Sequence[Mapping[str, Any]], options: OptimizerOption
 
 
 def _check_rates(groups: Sequence[Mapping[str, Any]], name: str) -> None:
-    rates = {group["lr"] for group in groups}
+    rates = {group["lr"] for group in groups} - {0}
     if not rates:
         raise JobError("learning_rate, unet_lr or text_encoder_lr leave nothing to train: they are 0")
     if name.lower().startswith(_FINDS_RATE) and len(rates) > 1:

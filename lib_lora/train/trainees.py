@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from lib_lora.train.create_network import create_network
+from lib_lora.train.groups import TEXT_GROUP
 from lib_lora.train.metadata import training_metadata
 from lib_lora.train.network_file import network_tensors, save_network
 from lib_lora.train.tuned_unet import TunedUNet
@@ -75,9 +76,10 @@ class NetworkTrainee:
             encoder.requires_grad_(False)
         self.network = create_network(model.unet, model.text_encoders, options.network)
         self.module = self.network
-        self.trains_text = any(component != "unet" for component in self.network.components)
+        self.network.eval()  # captions may be encoded before the training begins
         self.notes = self.network.notes
         self._options = options
+        self.trains_text = any(group["name"].startswith(TEXT_GROUP) for group in self.groups())
         self.network.attach()
 
     def groups(self) -> list[dict[str, Any]]:

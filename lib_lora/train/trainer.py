@@ -20,6 +20,7 @@ from lib_lora.train.data.dataset import open_dataset
 from lib_lora.train.data.tensor_cache import weights_fingerprint
 from lib_lora.train.encoders import Encoders
 from lib_lora.train.engine import agreed, frozen_dtype, keep_fewer_activations, make_accelerator
+from lib_lora.train.model import check_model
 from lib_lora.train.noise import NoiseSchedule, draw, learned_noise, mixed_seed
 from lib_lora.train.objective import Objective
 from lib_lora.train.optimizers import make_optimizer
@@ -83,6 +84,7 @@ def train(
         FileError: If a picture, a network or a state can not be read.
         OutputError: If something can not be written. What was saved last is kept, whatever is raised.
     """
+    check_model(model, options)
     check_results(options)
     accelerator = make_accelerator(options.run, options.optimizer.gradient_accumulation_steps)
     _draw_class_pictures(accelerator, model, options, draw_picture, bars)

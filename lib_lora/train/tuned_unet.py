@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +12,14 @@ from lib_lora.core.saving import LazyTensor, save_bytes, save_tensors
 from lib_lora.tools.convert_checkpoint import to_single
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
 
     from lib_lora.train.metadata import Reached, TrainingFacts
     from lib_lora.train.model import TrainModel
+    from lib_lora.train.network_options import NetworkOptions
     from lib_lora.train.options import TrainOptions
 
 _FORMAT = {"format": "pt"}
@@ -32,12 +34,11 @@ class TunedUNet:
         module: The UNet.
         network: None: nothing is attached to it.
         trains_text: False.
-        notes: None.
+        notes: Which options of a network were given.
     """
 
     network = None
     trains_text = False
-    notes: tuple[str, ...] = ()
 
     def __init__(self, model: TrainModel, options: TrainOptions, dtype: torch.dtype) -> None:
         """Let gradients flow.
@@ -53,6 +54,7 @@ class TunedUNet:
             model.unet.float()
         self.module: nn.Module = model.unet.requires_grad_(True)
         self._model, self._options, self._dtype = model, options, dtype
+        self.notes = tuple(_without_effect(options.network))
         self._index, self._scheduler = model.pipe.to_json_string(), model.pipe.scheduler  # samples put in others
 
     def groups(self) -> list[dict[str, Any]]:
@@ -111,6 +113,12 @@ class TunedUNet:
         if not tensor.is_floating_point():
             return tensor
         return LazyTensor(self._dtype, tuple(tensor.shape), lambda: tensor.detach().to("cpu", self._dtype))
+
+
+def _without_effect(options: NetworkOptions) -> Iterator[str]:
+    """A sentence, if some are not as by default."""
+    if given := [field.name for field in fields(options) if getattr(options, field.name) != field.default]:
+        yield f"no network is trained but the whole UNet: without effect are {', '.join(given)}"
 
 
 def _text_name(name: str) -> str:

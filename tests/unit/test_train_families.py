@@ -81,6 +81,38 @@ def test_training_without_accelerate_is_one_sentence(model, pictures, tmp_path, 
         run(model, pictures, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"clip_skip": 3}, "clip_skip 3 is no layer of tiny, whose text encoder has 2"),
+        ({"max_timestep": 2000}, "max_timestep 2000 is above the 1000 times of tiny"),
+        ({"full": True, "learning_rate": 0}, "leave nothing to train: they are 0"),
+    ],
+)
+def test_what_the_model_has_not_is_one_sentence(model, pictures, tmp_path, given, sentence):
+    with pytest.raises(JobError, match=sentence):
+        run(model, pictures, tmp_path, **given)
+
+
+def test_a_model_that_paints_within_masks_is_refused(model, pictures, tmp_path):
+    inpainting = load_tiny(model)
+    inpainting.unet.register_to_config(in_channels=9)
+    with pytest.raises(JobError, match="tiny paints within masks: it reads 9 channels"):
+        train(inpainting, options_for(pictures, tmp_path))
+
+
+def test_a_text_encoder_with_rate_0_is_left_alone_and_its_captions_may_be_cached(model, pictures, tmp_path):
+    outcome = run(model, pictures, tmp_path, text_encoder_lr=0, cache_text_encoder_outputs=True, network_dropout=0.5)
+    ups = {name: tensor.any().item() for name, tensor in tensors_of(outcome).items() if "lora_up" in name}
+    assert not any(moved for name, moved in ups.items() if name.startswith("lora_te"))
+    assert any(moved for name, moved in ups.items() if name.startswith("lora_unet"))
+
+
+def test_options_of_a_network_are_told_where_none_is_trained(model, pictures, tmp_path):
+    (note,) = run(model, pictures, tmp_path, full=True, network_dim=8, conv_dim=4, max_train_steps=1).notes
+    assert note.endswith("without effect are network_dim, conv_dim")
+
+
 def test_clip_skip_is_refused_for_sdxl(pictures, tmp_path):
     with pytest.raises(JobError, match="clip_skip is for SD1 and SD2"):
         train(sdxl(tmp_path), options_for(pictures, tmp_path / "out", clip_skip=2))

@@ -179,6 +179,14 @@ def test_a_file_for_another_model_is_refused(model, tmp_path):
         again(model, path, dim_from_weights=True)
 
 
+def test_a_file_without_a_layer_that_is_trained_is_refused(model, tmp_path):
+    text = saved(tmp_path / "text.safetensors", network_of(model, network_train_text_encoder_only=True))
+    save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "model.safetensors")
+    for path in (text, tmp_path / "model.safetensors"):
+        with pytest.raises(TrainError, match=f"{path.name} has no layer of those that are trained"):
+            network_of(model, network_weights=path, network_train_unet_only=True)
+
+
 def test_other_algorithms_are_refused(model, tmp_path):
     name, shapes = "lora_unet_mid_block_attentions_0_proj_in", {"a": (24, 2), "b": (2, 24)}
     factors = {f"{name}.hada_w{one}_{part}": torch.ones(shapes[part]) for one in "12" for part in "ab"}
