@@ -22,17 +22,24 @@ LOCK_NAME = ".tmp-prefuse-lock"
 
 
 @contextmanager
-def editing(folder: Path) -> Generator[None]:
+def editing(
+    folder: Path, others: str = "another program edits the files of", wait: float | None = None
+) -> Generator[None]:
     """Nobody else is in such a block for `folder` meanwhile; the system ends it when the process is killed.
+
+    Args:
+        folder: Is there.
+        others: What somebody else in such a block does, for the message.
+        wait: Seconds for them to leave it; by default `WAIT_SECONDS`.
 
     Raises:
         OutputError: If somebody else does not leave it, or there is no such folder.
     """
-    deadline = time.monotonic() + WAIT_SECONDS
+    deadline = time.monotonic() + (WAIT_SECONDS if wait is None else wait)
     try:
         while (lock := _taken(folder)) is None:
             if time.monotonic() > deadline:
-                raise OutputError(f"another program edits the files of the folder {shown(folder)}; try again later")
+                raise OutputError(f"{others} the folder {shown(folder)}; try again later")
             time.sleep(PAUSE_SECONDS)
     except (OSError, ValueError) as error:
         raise OutputError(f"the folder {shown(folder)} can not be opened: {reason_of(error)}") from error

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lib_lora.errors import JobError
+from lib_lora.core.memory import OUT_OF_MEMORY
+from lib_lora.errors import JobError, TrainError
 from lib_lora.train.data.latents import cache_latents
 from lib_lora.train.data.loader import Loader
 from lib_lora.train.data.order import Shard
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
     from lib_lora.core.saving import Progress
     from lib_lora.train.data.batch import Batch
     from lib_lora.train.data.dataset import Dataset
+    from lib_lora.train.data.loader import Latents, Texts
     from lib_lora.train.model import TrainModel
     from lib_lora.train.options import TrainOptions
+
+_AS_SDXL = (None, 1, 2)
+"""What is given for SDXL without meaning another layer than the one it reads: nothing is skipped, or that one is."""
 
 
 class Encoders:
@@ -40,8 +45,8 @@ class Encoders:
                 "captions can not be encoded once by text encoders that are trained; "
                 "leave cache_text_encoder_outputs out, or set network_train_unet_only"
             )
-        if model.is_sdxl and options.model.clip_skip is not None:
-            raise JobError("clip_skip is for SD1 and SD2; SDXL always reads the layer it was made with")
+        if model.is_sdxl and options.model.clip_skip not in _AS_SDXL:
+            raise JobError(f"clip_skip {options.model.clip_skip} is for SD1 and SD2; SDXL reads the last layer but one")
         self._model, self._options, self._device = model, options, device
         self._scale = model.vae.config.scaling_factor
         if model.vae.dtype != torch.float32:  # in fp16 the autoencoder of SDXL makes NaN
@@ -57,15 +62,18 @@ class Encoders:
             FileError: If a picture can not be read any more.
             JobError: If an answer is not finite.
             OutputError: If a file of the cache can not be written.
+            TrainError: If memory runs out.
         """
-        options, texts, latents = self._options.data, self.tokens, None
+        options = self._options.data
         # Where the cache is on the disk, the others read what the first process wrote.
         with accelerator.main_process_first():
-            if options.caches_texts:
-                texts = cache_texts(dataset, self.states, self._text_fingerprint(), bars("encoding captions"))
-            if options.caches_latents:
-                fingerprint = weights_fingerprint(self._model.vae.parameters())
-                latents = cache_latents(dataset, self.moments, fingerprint, bars("encoding pictures"))
+            try:
+                texts, latents = self._encoded(dataset, bars)
+            except OUT_OF_MEMORY as error:
+                raise TrainError(
+                    "memory ran out before the first step, while captions or pictures were encoded; "
+                    "what takes less: a vae_batch_size of 1, a smaller resolution"
+                ) from error
         self._put_away(texts=options.caches_texts, latents=options.caches_latents)
         return Loader(dataset, texts, latents, Shard(accelerator.process_index, accelerator.num_processes))
 
@@ -102,6 +110,16 @@ class Encoders:
         """
         mean, deviation = moments.chunk(2, dim=1)
         return (mean + deviation * drawn) * self._scale
+
+    def _encoded(self, dataset: Dataset, bars: Callable[[str], Progress]) -> tuple[Texts, Latents | None]:
+        """Captions and pictures, as the options say: encoded once, or to be encoded in each step."""
+        options, texts, latents = self._options.data, self.tokens, None
+        if options.caches_texts:
+            texts = cache_texts(dataset, self.states, self._text_fingerprint(), bars("encoding captions"))
+        if options.caches_latents:
+            fingerprint = weights_fingerprint(self._model.vae.parameters())
+            latents = cache_latents(dataset, self.moments, fingerprint, bars("encoding pictures"))
+        return texts, latents
 
     def _text_fingerprint(self) -> str:
         weights = [weight for encoder in self._model.text_encoders for weight in encoder.parameters()]

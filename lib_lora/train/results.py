@@ -6,11 +6,13 @@ import logging
 import secrets
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lib_lora.core.locking import editing
+from lib_lora.core.memory import OUT_OF_MEMORY, return_memory
 from lib_lora.core.opening import reason_of, shown
 from lib_lora.core.saving import check_writable, output_path, remove_file
 from lib_lora.errors import OutputError, PrefuseError, TrainError
@@ -36,16 +38,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WAIT_SECONDS = 1.0
+"""For other processes of the same training, which look at its folder as well."""
+
 
 def check_results(options: TrainOptions) -> None:
     """Check before the work that its results can be written.
 
     Raises:
         JobError: If the prompts of samples can not be read, or TensorBoard is to be written for and not installed.
-        OutputError: If the folder can not be written to, or a result is there already.
+        OutputError: If the folder can not be written to, a result is there already, or another training makes it.
     """
     output = options.output
     stem = output_path(_made(output.output_dir), output.output_name, "")
+    with _alone(_states_of(stem)):
+        pass
     paths = [stem.with_name(f"{stem.name}.safetensors"), *([stem] if options.model.full else [])]
     taken = [path for path in paths if path.exists()]
     if taken and not output.force and not output.resume:
@@ -104,8 +111,7 @@ class Results:
         """Load the state that the options name; the steps that it has done.
 
         Raises:
-            TrainError: If there is none, or it is of another training.
-            FileError: If it can not be read.
+            TrainError: If there is none, it can not be read, or it is of another training.
         """
         if self._options.resume is None:
             return 0
@@ -116,12 +122,20 @@ class Results:
 
     @contextmanager
     def board(self) -> Generator[Callable[[TrainProgress], None]]:
-        """What is told each step for TensorBoard; nothing without logging_dir.
+        """What is told each step for TensorBoard, nothing without logging_dir; nobody else trains the same meanwhile.
 
         Raises:
-            OutputError: If its log can not be written.
+            OutputError: If its log can not be written, or another training writes the same files.
         """
-        if self._options.logging_dir is None or not self._training.accelerator.is_main_process:
+        if not self._training.accelerator.is_main_process:
+            yield lambda _: None
+            return
+        with _alone(_states_of(self._stem)), self._log() as log:
+            yield log
+
+    @contextmanager
+    def _log(self) -> Generator[Callable[[TrainProgress], None]]:
+        if self._options.logging_dir is None:
             yield lambda _: None
             return
         self._board = Board(self._options.logging_dir / self._options.output_name, self._first)
@@ -166,9 +180,8 @@ class Results:
         """
         if self._training.accelerator.is_main_process:
             self._check(step)
-            folder = self.folder / f"{self._stem.name}-state"
             state = self._training.state(step, plain(self._course))
-            self._state = write_state(_made(folder), state, self._options.save_last_n_states)
+            self._state = write_state(_made(_states_of(self._stem)), state, self._options.save_last_n_states)
         self._training.accelerator.wait_for_everyone()
 
     def outcome(self, step: int, loss: float, seconds: float, *, stopped: bool) -> TrainOutcome:
@@ -234,13 +247,16 @@ class Results:
             try:
                 with self._training.averaged(), accelerator.autocast():
                     name = f"{self._stem.name}_{step:08d}"
-                    folder = self.folder / "sample"
+                    folder = _made(self.folder / "sample")
                     paths = draw_samples(self._draw, self._prompts, self._options.sample_sampler, folder, name)
                 self._samples += paths
                 if self._board:
                     self._board.add_samples(step, paths)
             except PrefuseError as error:
                 logger.warning("no sample picture after step %d: %s", step, error)
+            except OUT_OF_MEMORY:
+                logger.warning("no sample picture after step %d: memory ran out; give them smaller --w and --h", step)
+                return_memory()
             finally:
                 module.train()
         accelerator.wait_for_everyone()
@@ -248,6 +264,26 @@ class Results:
 
 def _due(count: int, every: int | None) -> bool:
     return bool(every) and count % every == 0  # pyright: ignore[reportOperatorIssue]
+
+
+def _states_of(stem: Path) -> Path:
+    """The folder of states of a training with such results."""
+    return stem.with_name(f"{stem.name}-state")
+
+
+@contextmanager
+def _alone(states: Path) -> Generator[None]:
+    """No other training of that name writes into the same folder meanwhile.
+
+    Raises:
+        OutputError: If one does.
+    """
+    try:
+        with editing(_made(states), "another training writes into", WAIT_SECONDS):
+            yield
+    finally:
+        with suppress(OSError):  # states are in it
+            states.rmdir()
 
 
 def _made(folder: Path) -> Path:

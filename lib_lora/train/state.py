@@ -15,7 +15,8 @@ import torch
 from lib_lora.core.files import map_checkpoint
 from lib_lora.core.opening import shown
 from lib_lora.core.saving import remove_file, save_tensors
-from lib_lora.errors import TrainError
+from lib_lora.errors import CorruptFileError, FileError, TrainError
+from lib_lora.train.data.tensor_cache import checksum
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-_KEY = "prefuse_training_state"
+_KEY, _SUM = "prefuse_training_state", "crc32"
 _NAME = re.compile(r"step-\d{8}\.safetensors")
 _OPTIMIZER = "optimizer."
 _DIFFERENCES_SHOWN = 4
@@ -60,8 +61,8 @@ def write_state(folder: Path, state: State, keep: int) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{state.step:08d}.safetensors"
-    facts = {"step": state.step, "course": state.course, "numbers": state.numbers}
-    save_tensors(path, state.tensors, {_KEY: json.dumps(facts)}, overwrite=True)
+    facts = json.dumps({"step": state.step, "course": state.course, "numbers": state.numbers})
+    save_tensors(path, state.tensors, {_KEY: facts, _SUM: checksum(state.tensors, facts)}, overwrite=True)
     for old in _states(folder)[:-keep]:
         remove_file(old)
     return path
@@ -75,19 +76,19 @@ def read_state(path: Path, course: Mapping[str, Any]) -> State:
         course: What the state must agree with.
 
     Raises:
-        TrainError: If there is none, or it is of a training with other options.
-        FileError: If it can not be read.
+        TrainError: If there is none, it can not be read, or it is of a training with other options.
     """
     file = _newest(path)
-    tensors = map_checkpoint(file)
-    text = tensors.header.metadata.get(_KEY)
-    if text is None:
-        raise TrainError(f"{shown(file)} is no state of a training; to go on from a LoRA, give it as network_weights")
-    facts = json.loads(text)
-    differing = [key for key in sorted({*course, *facts["course"]}) if course.get(key) != facts["course"].get(key)]
+    try:
+        state = _read(file)
+    except FileError as error:
+        older = [one for one in _states(file.parent) if one.name < file.name]
+        advice = f"; the state before it is {older[-1].name}, give that to --resume" if older else ""
+        raise TrainError(f"{error}{advice}") from error
+    differing = [key for key in sorted({*course, *state.course}) if course.get(key) != state.course.get(key)]
     if differing:
-        raise TrainError(f"{shown(file)} is of another training: {_differences(differing, facts['course'], course)}")
-    return State(facts["step"], facts["course"], dict(tensors), facts["numbers"])
+        raise TrainError(f"{shown(file)} is of another training: {_differences(differing, state.course, course)}")
+    return state
 
 
 def pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -112,6 +113,23 @@ def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], number
             index, _, key = name[len(_OPTIMIZER) :].partition(".")
             memory.setdefault(int(index), {})[key] = tensor.clone()
     optimizer.load_state_dict({"state": memory, "param_groups": numbers["groups"]})
+
+
+def _read(file: Path) -> State:
+    """All of a file.
+
+    Raises:
+        TrainError: If it is another kind of file.
+        FileError: If it can not be read, or is not what was written.
+    """
+    tensors = map_checkpoint(file)
+    metadata = tensors.header.metadata
+    if (text := metadata.get(_KEY)) is None:
+        raise TrainError(f"{shown(file)} is no state of a training; to go on from a LoRA, give it as network_weights")
+    if metadata.get(_SUM) != checksum(tensors, text):
+        raise CorruptFileError(f"{shown(file)} is damaged: it does not hold what was written")
+    facts = json.loads(text)
+    return State(facts["step"], facts["course"], dict(tensors), facts["numbers"])
 
 
 def _states(folder: Path) -> list[Path]:

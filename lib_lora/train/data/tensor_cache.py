@@ -38,7 +38,7 @@ class TensorCache:
             file = read_lora_file(self._path(self._folder, key))
         except FileError:
             return None
-        whole = file.metadata.get("key") == key and file.metadata.get("crc32") == _checksum(file.tensors)
+        whole = file.metadata.get("key") == key and file.metadata.get("crc32") == checksum(file.tensors)
         return file.tensors if whole else None
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -53,7 +53,7 @@ class TensorCache:
             return
         path = self._path(self._folder, key)
         make_folder(path.parent)
-        save_tensors(path, kept, {"key": key, "crc32": _checksum(kept)}, overwrite=True)
+        save_tensors(path, kept, {"key": key, "crc32": checksum(kept)}, overwrite=True)
 
     @staticmethod
     def _path(folder: Path, key: str) -> Path:
@@ -71,8 +71,9 @@ def weights_fingerprint(weights: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    value = 0
+def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """CRC-32 in hex of a text, and of the names and bytes of tensors."""
+    value = zlib.crc32(text.encode())
     for name in sorted(tensors):
         value = zlib.crc32(bytes_of(tensors[name]), zlib.crc32(name.encode(), value))
     return f"{value:08x}"
