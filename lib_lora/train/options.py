@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from lib_lora.errors import JobError
-from lib_lora.train.data.options import DataOptions
+from lib_lora.train.data.options import PLACES, DataOptions
 from lib_lora.train.kohya_options import understood
 from lib_lora.train.network_options import NetworkOptions
 from lib_lora.train.option_values import described, fill, plain
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 _MAY_CHANGE = (
     *("max_train_steps", "max_train_epochs", "gradient_checkpointing", "device", "max_data_loader_n_workers"),
-    *("vae_batch_size", "cache_dir", "tokenizer"),
-    *("pretrained_model_name_or_path", "train_data_dir", "reg_data_dir", "in_json"),
+    *("vae_batch_size", "tokenizer", "pretrained_model_name_or_path"),
+    *PLACES,
 )
 """What a training may be resumed with in another way, beside all of `OutputOptions`.
 

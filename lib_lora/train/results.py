@@ -301,8 +301,11 @@ def _made(folder: Path) -> Path:
 
 
 def _of_pictures(dataset: Dataset) -> list[Any]:
-    """What tells a training set from others: names, sizes in pixels, repeats, captions and strengths."""
-    facts = ((one.name, one.size, one.repeats, one.caption, one.network_multiplier) for one in dataset.pictures)
+    """What tells a training set from others: names, sizes in pixels, repeats, captions, strengths, options."""
+    facts = (
+        (one.name, one.size, one.repeats, one.caption, one.network_multiplier, *dataset.own_options(one).items())
+        for one in dataset.pictures
+    )
     text = "\n".join(" ".join(map(str, fact)) for fact in facts)
     return [len(dataset.pictures), zlib.crc32(text.encode())]
 

@@ -291,3 +291,26 @@ def test_all_class_pictures_are_missing_where_there_is_no_folder(tmp_path):
     assert (tmp_path / "reg/class_00000.caption").read_text() == "a cat"
     assert len(missing_class_pictures(DataOptions(**options))) == 1
     assert missing_class_pictures(DataOptions(reg_data_dir=tmp_path / "none")) == []
+
+
+def test_all_lines_of_a_caption_are_read_where_one_is_chosen(tmp_path):
+    put(tmp_path / "1_cat/a.png").with_suffix(".txt").write_text("first\n\n second \n")
+    assert list(captions(opened(tmp_path)).values()) == ["first"]
+    assert list(captions(opened(tmp_path, enable_wildcard=True)).values()) == ["first\nsecond"]
+    (tmp_path / "list.jsonl").write_text('{"file_name": "1_cat/a.png", "text": "one\\n\\ntwo", "tags": ["x", "y"]}')
+    named = {"in_json": tmp_path / "list.jsonl"}
+    assert list(captions(opened(tmp_path, **named)).values()) == ["one, x, y"]
+    assert list(captions(opened(tmp_path, enable_wildcard=True, **named)).values()) == ["one, x, y\ntwo, x, y"]
+
+
+def test_a_picture_that_fits_no_bucket_is_told_its_size_and_what_helps(tmp_path):
+    put(tmp_path / "1_cat/narrow.png", size=(500, 60))
+    put(tmp_path / "1_cat/good.png", size=(64, 64))
+    skipped = opened(tmp_path, resolution=(64,), bucket_reso_steps=64).report.skipped
+    assert [file.reason for file in skipped] == ["it has 500x60 pixels and is smaller than 64x64, the smallest bucket"]
+    put(tmp_path / "1_cat/narrow.png", size=(500, 400))
+    skipped = opened(tmp_path, resolution=(64,), bucket_reso_steps=64).report.skipped
+    assert skipped[0].reason.startswith(
+        "it has 500x400 pixels, which do not fit 64x64 without a side smaller than 64x64"
+    )
+    assert skipped[0].reason.endswith("raise resolution, or lower bucket_reso_steps")

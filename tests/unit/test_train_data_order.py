@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib_lora.errors import JobError
 from lib_lora.train.data.captions import drawn_caption, possible_captions
 from lib_lora.train.data.options import DataOptions
 from lib_lora.train.data.order import ALONE, Bucket, Order, Row, Shard
@@ -131,6 +133,41 @@ def test_all_captions_of_each_nth_epoch_are_dropped():
     assert said == ["cat", "cat", "", "cat", "cat", "", "cat"]  # kohya counts epochs from 1
 
 
+def test_tags_behind_a_second_separator_stay_together():
+    captions = {
+        drawn("cat;;;sofa, red", place=place, shuffle_caption=True, secondary_separator=";;;") for place in range(50)
+    }
+    assert captions == {"cat,sofa, red", "red, cat,sofa"}
+    assert drawn("a;b", secondary_separator=";") == "a,b"
+
+
+def test_one_of_the_texts_in_braces_is_chosen_and_doubled_braces_are_single_ones():
+    caption = "a {red|blue|} cat with {one|two} {{brace}}"
+    seen = Counter(drawn(caption, place=place, enable_wildcard=True) for place in range(3000))
+    expected = {f"a {colour} cat with {count} {{brace}}" for colour in ("red", "blue", "") for count in ("one", "two")}
+    assert set(seen) == expected
+    assert all(abs(number / 3000 - 1 / 6) < 0.03 for number in seen.values())
+    assert drawn(caption) == caption  # unless it is asked for
+
+
+def test_one_of_several_lines_is_chosen_and_each_has_prefix_and_suffix():
+    options = {"enable_wildcard": True, "caption_prefix": "{a|the}", "caption_suffix": "photo"}
+    seen = {drawn("cat\ndog", place=place, **options) for place in range(60)}
+    assert seen == {f"{article} {animal} photo" for article in ("a", "the") for animal in ("cat", "dog")}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 30), st.integers(1, 20), st.integers(0, 8), st.integers(0, 3))
+def test_in_the_beginning_only_the_first_tags_are_used_as_the_formula_says(step, steps, least, kept):
+    """As process_caption: floor(step · (tags - least) / steps) + least of the tags that may move."""
+    tags = [f"t{index}" for index in range(8)]
+    movable = len(tags) - kept
+    count = math.floor(step * ((movable - least) / steps)) + least if step < steps else movable
+    options = DataOptions(token_warmup_step=steps, token_warmup_min=least, keep_tokens=kept)
+    caption = drawn_caption(", ".join(tags), Row(0, 0, step, 5, 1.0), options)
+    assert caption == ", ".join(tags[:kept] + tags[kept:][:count])
+
+
 def test_prefix_and_suffix_stand_around_what_is_not_dropped():
     options = {"caption_prefix": "photo of", "caption_suffix": ", 4k"}
     assert drawn("cat", **options) == "photo of cat , 4k"
@@ -149,3 +186,11 @@ def test_possible_captions_are_those_that_occur(dropout):
     occurring = {drawn_caption(text, row(place, place % 4), options) for text in ("cat", "dog") for place in range(40)}
     possible = {caption for text in ("cat", "dog") for caption in possible_captions(text, options)}
     assert possible == occurring
+
+
+@pytest.mark.parametrize(
+    "name", ["shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard", "token_warmup_step"]
+)
+def test_captions_that_change_each_time_can_not_be_encoded_once(name):
+    with pytest.raises(JobError, match=f"captions can not be encoded once when {name} changes them"):
+        DataOptions(cache_text_encoder_outputs=True, **{name: 1})

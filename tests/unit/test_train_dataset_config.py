@@ -202,3 +202,18 @@ def test_a_folder_without_pictures_is_told(folders):
     (folders / "empty").mkdir()
     with pytest.raises(JobError, match=r"dataset 2, subset 1: .*empty has no pictures"):
         opened(folders, TWO.replace("@dogs", f"'{folders / 'empty'}'"))
+
+
+def test_what_a_subset_says_otherwise_is_known_of_its_pictures(folders):
+    dataset = opened(folders, TWO)
+    dog = next(one for one in dataset.pictures if "dogs" in one.name)
+    assert dataset.own_options(dog) == {
+        "caption_extension": ".txt",
+        "shuffle_caption": True,
+        "keep_tokens": 2,
+        "flip_aug": True,
+        "resolution": (32, 48),
+        "train_batch_size": 3,
+    }
+    whole = open_dataset(DataOptions(train_data_dir=folders))
+    assert whole.own_options(whole.pictures[0]) == {}

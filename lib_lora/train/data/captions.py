@@ -90,7 +90,7 @@ def _drawn_tags(caption: str, row: Row, options: DataOptions) -> list[str]:
 def _warm(count: int, step: int, options: DataOptions) -> int:
     """How many of so many tags are used."""
     steps, least = options.token_warmup_step, options.token_warmup_min
-    return math.floor(step * (count - least) / steps) + least if step < steps else count
+    return math.floor(step * ((count - least) / steps)) + least if step < steps else count
 
 
 def _tags(caption: str, options: DataOptions) -> tuple[list[str], list[str], list[str]]:

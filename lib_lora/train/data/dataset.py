@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib_lora.core.saving import no_progress
 from lib_lora.errors import JobError
@@ -13,6 +13,7 @@ from lib_lora.tools.images import Skipped
 from lib_lora.train.data.buckets import Buckets
 from lib_lora.train.data.captions import possible_captions
 from lib_lora.train.data.measuring import Measurements
+from lib_lora.train.data.options import PLACES
 from lib_lora.train.data.order import Bucket, Order
 from lib_lora.train.data.pictures import Picture
 from lib_lora.train.data.prefetch import prefetched
@@ -63,6 +64,12 @@ class Dataset:
         """Each that a picture may have, once, where nothing shuffles, drops or chooses tags."""
         possible = (one for picture in self.pictures for one in possible_captions(picture.caption, picture.options))
         return list(dict.fromkeys(possible))
+
+    def own_options(self, picture: Picture) -> dict[str, Any]:
+        """What dataset_config says otherwise of a picture, beside where it lies."""
+        all_of = vars(self.options)
+        own = ((name, value) for name, value in vars(picture.options).items() if name not in PLACES)
+        return {name: value for name, value in own if value != all_of[name]}
 
     def order(self, processes: int = 1) -> Order:
         """Which pictures are in which batch: those of one size, and of one size of batches."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 LATENT_STEP = 8
 """Pixels that become one of the latents, along each side."""
 CACHE_FOLDER = ".prefuse-cache"
+PLACES = ("train_data_dir", "reg_data_dir", "in_json", "dataset_config", "cache_dir")
+"""Options that say where something lies, and not how it is used."""
 
 _RATES = ("caption_dropout_rate", "caption_tag_dropout_rate")
 _COUNTS = ("train_batch_size", "vae_batch_size", "dataset_repeats", "bucket_reso_steps", "min_bucket_reso")
