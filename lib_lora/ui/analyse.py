@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ def build(page: Page) -> None:
         files = page.add(gr.File, "analyse.files", file_count="multiple", interactive=False, visible=False)
         heat = gr.HTML(elem_id="prefuse-analyse-heat")
         blocks = _build_pictures(page, shown)
-        slot = page.slot()
+        slot = page.slot("analyse")
         latest = Latest(slot)
 
         def analyse(name: str) -> Iterator[tuple[Any, ...]]:
@@ -104,7 +105,7 @@ def build(page: Page) -> None:
 
 def _build_pictures(page: Page, shown: Any) -> Any:
     """The form below, which draws; gives back its choice of blocks."""
-    slot = page.slot()
+    slot = page.slot("analyse.pictures")
     gr.HTML(f"<h3>{escape(page.texts('analyse.pictures'))}</h3>")
     with gr.Row():
         with gr.Column(scale=3):
@@ -118,12 +119,11 @@ def _build_pictures(page: Page, shown: Any) -> Any:
     files = page.add(gr.File, "analyse.sheet", file_count="multiple", interactive=False, visible=False)
     pictures = gr.HTML(elem_id="prefuse-analyse-pictures")
 
-    drawing = _Drawing(page, slot)
     page.run_jobs(
         start.click,
         slot,
-        drawing.work_of,
-        drawing.shown,
+        partial(_work_of, page, slot),
+        lambda: _View(page, slot).shown,
         [shown, prompt, blocks, *settings],
         [status, pictures, files],
     )
@@ -131,42 +131,41 @@ def _build_pictures(page: Page, shown: Any) -> Any:
     return blocks
 
 
-class _Drawing:
-    """Pictures that are shown while others are made."""
+class _View:
+    """What one page is shown of pictures, while others are made."""
 
     def __init__(self, page: Page, slot: Slot) -> None:
         self._page = page
         self._slot = slot
-        self._made: list[tuple[str, Image]] = []
-        self._count = 0
-
-    def work_of(
-        self, analysed: Analysed | None, prompt: str, chosen: list[str], *values: Any
-    ) -> Callable[[Progress], tuple[PictureAnalysis, list[Path]]]:
-        """What is to be done of a form."""
-        page = self._page
-
-        def work(progress: Progress) -> tuple[PictureAnalysis, list[Path]]:
-            if analysed is None:
-                raise JobError(page.texts("analyse.choose"))
-            self._made = made = []
-            series = Series.of(analysed.tag_name, analysed.analysis, chosen, *values)
-            found = series.draw(page.host, prompt, made, progress)
-            return found, _save_pictures(page, analysed, found)
-
-        return work
+        self._seen = (0, 0)
 
     def shown(self, state: JobState[tuple[PictureAnalysis, list[Path]]]) -> tuple[Any, ...]:
         """State, pictures and files."""
-        page, made = self._page, list(self._made)
+        page, made = self._page, self._slot.kept or []
         told, shown, saved = page.job_told(self._slot, state), gr.update(), gr.update()
-        if len(made) != self._count:
-            shown, self._count = _grid(_picture(page, *one) for one in made), len(made)
+        if self._seen != (seen := (id(made), len(made))):
+            shown, self._seen = _grid(_picture(page, *one) for one in [*made]), seen
         if state.result is not None:
             found, paths = state.result
             note, saved = _exported(page, paths)
             told, shown = told + note, _found(page, found)
         return told, shown, saved
+
+
+def _work_of(
+    page: Page, slot: Slot, analysed: Analysed | None, prompt: str, chosen: list[str], *values: Any
+) -> Callable[[Progress], tuple[PictureAnalysis, list[Path]]]:
+    """What is to be done of a form; pictures are kept in the slot as soon as they are there."""
+
+    def work(progress: Progress) -> tuple[PictureAnalysis, list[Path]]:
+        if analysed is None:
+            raise JobError(page.texts("analyse.choose"))
+        slot.kept = made = list["tuple[str, Image]"]()
+        series = Series.of(analysed.tag_name, analysed.analysis, chosen, *values)
+        found = series.draw(page.host, prompt, made, progress)
+        return found, _save_pictures(page, analysed, found)
+
+    return work
 
 
 def _settings(page: Page) -> list[Any]:

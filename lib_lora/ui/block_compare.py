@@ -91,7 +91,7 @@ class CompareForm:
         self._page = page
         self._texts = page.texts
         self._view = view
-        self.slot = page.slot()
+        self.slot = page.slot("blocks.compare")
         self.sliders, self.none = page.texts("blocks.as_sliders"), page.texts("blocks.no_lora")
 
     def names(self) -> list[str]:
@@ -168,6 +168,6 @@ def build(page: Page, view: BlockView, controls: Controls) -> Sequence[tuple[Any
             gallery = page.add(gr.Gallery, "blocks.gallery", columns=3, object_fit="contain")
             told = gr.HTML()
     inputs = [prompt, seed, steps, left, right, *controls]
-    page.run_jobs(start.click, form.slot, form.work_of, form.shown, inputs, [status, gallery, told])
+    page.run_jobs(start.click, form.slot, form.work_of, lambda: form.shown, inputs, [status, gallery, told])
     listen(stop.click, form.slot.cancel, quick=True)
     return [(left, form.names), (right, form.names)]

@@ -95,19 +95,19 @@ class BlockView:
         form = Form(None, 0, False, None, blocks.text, 1.0, SliderRange(0))
         return self._shown(form, blocks, [], is_new=True)
 
-    def typed(self, *values: Any) -> tuple[Any, ...]:
+    def typed(self, *values: Any) -> Updates:
         """The list was typed, or written by a slider: the curve follows; the sliders do if they can not show it."""
         form = Form(*values)
         notes: list[str] = []
         blocks = self._tried(lambda: self._read(form), notes)
-        return tuple(self._shown(form, blocks, notes, is_new="," not in form.text)[1:])
+        return self._shown(form, blocks, notes, is_new="," not in form.text)._replace(text=gr.update())
 
-    def edited(self, edit: Edit, *values: Any) -> tuple[Any, ...]:
+    def edited(self, edit: Edit, *values: Any) -> Updates:
         """A button, a preset, or another length of the list."""
         form = Form(*values)
         notes: list[str] = []
         blocks = self._tried(lambda: edit(form), notes)
-        return tuple(self._shown(form, blocks, notes, is_new=True))
+        return self._shown(form, blocks, notes, is_new=True)
 
     def reading(self, lora: str | None) -> str:
         """What is told while a LoRA is looked at, which can take a second."""

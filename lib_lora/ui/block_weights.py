@@ -9,10 +9,13 @@ import gradio as gr
 
 from lib_lora.tools.block_lists import LENGTHS
 from lib_lora.ui import block_compare, block_presets
-from lib_lora.ui.block_view import BlockView
+from lib_lora.ui.block_view import BlockView, Updates
+from lib_lora.ui.latest import LastAnswer
 from lib_lora.ui.versions import listen, text_event
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lib_lora.ui.page import Page
 
 LEAST_STRENGTH, MOST_STRENGTH = -2, 2
@@ -83,7 +86,8 @@ def _tag(page: Page, view: BlockView) -> tuple[Any, Any, Any]:
 
 
 def _connect(view: BlockView, controls: Controls, panels: Panels, buttons: list[Any]) -> None:
-    outputs = [controls.text, *panels, controls.shown]
+    last = gr.State(LastAnswer())
+    inputs, outputs = [last, *controls], [controls.text, *panels, controls.shown]
     edits = [view.same(0), view.same(1), view.inverted]
     events = [(button.click, edit) for button, edit in zip(buttons, edits, strict=True)]
     events += [
@@ -92,8 +96,13 @@ def _connect(view: BlockView, controls: Controls, panels: Panels, buttons: list[
         (controls.is_wide.change, view.unchanged),
     ]
     for event, edit in events:
-        listen(event, partial(view.edited, edit), controls, outputs, quick=True)
+        listen(event, partial(_last, partial(view.edited, edit)), inputs, outputs, quick=True)
     reading = listen(controls.lora.change, view.reading, [controls.lora], [panels.note], quick=True)
-    listen(reading.then, partial(view.edited, view.resized), controls, outputs)
-    listen(text_event(controls.text), view.typed, controls, outputs[1:], quick=True)
-    listen(controls.strength.change, view.typed, controls, outputs[1:], quick=True)
+    listen(reading.then, partial(_last, partial(view.edited, view.resized)), inputs, outputs)
+    for event in (text_event(controls.text), controls.strength.change):
+        listen(event, partial(_last, view.typed), inputs, outputs, quick=True)
+
+
+def _last(answer: Callable[..., Updates], last: LastAnswer, *values: Any) -> tuple[Any, ...]:
+    """What becomes of the controls by their values; nothing, if they were changed again meanwhile."""
+    return tuple(last.of(lambda: answer(*values)) or Updates())

@@ -93,7 +93,7 @@ def _slider(page: Page, field: str, **options: Any) -> Any:
 
 def _model(page: Page, tab: Any) -> None:
     """The choices of a model, which is loaded at once (another sub-tab may do that too), and of how it is compiled."""
-    slot = page.slot()
+    slot = page.slot("generate.model")
     with gr.Row():
         model = page.choice("generate.model", lambda: [*page.host.models()], value=page.host.model())
         compiler = page.add(
@@ -118,7 +118,7 @@ def _model(page: Page, tab: Any) -> None:
 
 def _drawing(page: Page, controls: dict[str, Any], buttons: tuple[Any, Any], outputs: list[Any]) -> None:
     """Draw what the controls say; pictures that were there stay until there are others."""
-    slot = page.slot()
+    slot = page.slot("generate")
     start, stop = buttons
 
     def work_of(*values: Any) -> Callable[[Progress], tuple[list[Picture], int]]:
@@ -132,7 +132,7 @@ def _drawing(page: Page, controls: dict[str, Any], buttons: tuple[Any, Any], out
         pictures = (gr.update(),) * 3 if state.result is None else _shown(page, *state.result)
         return (page.job_told(slot, state), *pictures)
 
-    page.run_jobs(start.click, slot, work_of, shown, [controls[field] for field in FIELDS], outputs)
+    page.run_jobs(start.click, slot, work_of, lambda: shown, [controls[field] for field in FIELDS], outputs)
     listen(stop.click, slot.cancel, quick=True)
 
 

@@ -41,7 +41,7 @@ def build(page: Page) -> None:
                 file = page.add(gr.File, "inspect.file", file_types=[SUFFIX])
         status, panel = gr.HTML(), gr.HTML(elem_id="prefuse-inspect-panel")
         editor = _Editor(page, edited, panel)
-        slot = page.slot()
+        slot = page.slot("inspect")
         latest = Latest(slot)
         sources = [lora, model, file]
         outputs = [status, edited, panel, *editor.shown, *sources]
@@ -100,7 +100,7 @@ class _Editor:
         for button, action in zip(buttons, actions, strict=True):
             listen(button.click, action, [edited, key, text], [edited, *self.shown])
         self._saved = [status, edited, panel, *self.shown, name, replace, *page.choices]
-        slot = page.slot()
+        slot = page.slot("inspect.save")
         listen(save.click, self._saver(slot), [edited, name, replace], self._saved)
         listen(cancel.click, slot.cancel, quick=True)
 

@@ -60,6 +60,12 @@ class Jobs:
     def __init__(self) -> None:
         self._waiting: deque[Job[Any]] = deque()
         self._changed = threading.Condition(threading.RLock())
+        self._slots: dict[str, Slot] = {}
+
+    def slot(self, form: str) -> Slot:
+        """What a form starts and cancels: the same for each page that is made, so that a new one finds its jobs."""
+        with self._changed:
+            return self._slots.setdefault(form, Slot(self))
 
     def start(self, work: Callable[[Progress], T]) -> Job[T]:
         """Begin a job, or let it wait until those before have ended.
@@ -106,7 +112,11 @@ class Jobs:
 
 
 class Job(Generic[T]):
-    """One job of a queue."""
+    """One job of a queue.
+
+    Attributes:
+        is_told: Whether somebody has heard how it ended.
+    """
 
     def __init__(self, action: Callable[[Progress], T], jobs: Jobs) -> None:
         self._action = action
@@ -114,6 +124,7 @@ class Job(Generic[T]):
         self._state: JobState[T] = JobState()
         self._started = 0.0
         self._cancel = threading.Event()
+        self.is_told = False
 
     @property
     def is_cancelled(self) -> bool:
@@ -138,6 +149,7 @@ class Job(Generic[T]):
             state = self.state()
             yield state
             if state.phase not in ("waiting", "running"):
+                self.is_told = True
                 return
             time.sleep(LOOK_SECONDS)
 
@@ -165,11 +177,21 @@ class Job(Generic[T]):
 
 
 class Slot:
-    """What one form starts and cancels."""
+    """What one form starts and cancels.
+
+    Attributes:
+        kept: What its jobs show of themselves before they end, as the form likes it.
+    """
 
     def __init__(self, jobs: Jobs) -> None:
+        self.kept: Any = None
         self._jobs = jobs
         self._mine: list[Job[Any]] = []
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a job of this form runs or waits, or ended while nobody listened."""
+        return any(not job.is_told for job in self._mine)
 
     def start(self, work: Callable[[Progress], T]) -> Job[T]:
         """Begin a job, which goes on if nobody listens."""
@@ -196,3 +218,7 @@ class Slot:
         """End all jobs of this form, those that wait too."""
         for job in self._mine:
             job.cancel()
+
+
+LASTING = Jobs()
+"""For a program that makes its page anew while it runs: what began on a page goes on, and the next one shows it."""

@@ -1,4 +1,4 @@
-"""Jobs that begin with each choice in a list: the last choice counts."""
+"""Jobs that begin with each choice in a list, and questions that a form asks with each change: the last one counts."""
 
 from __future__ import annotations
 
@@ -26,3 +26,16 @@ class Latest:
         mine = self._newest = object()
         for state in self._slot.run(work):
             yield state if self._newest is mine else None
+
+
+class LastAnswer:
+    """Of questions that may be answered in any order, the answer to the last. To be kept in a ``gr.State``."""
+
+    def __init__(self) -> None:
+        self._newest: object = None
+
+    def of(self, question: Callable[[], T]) -> T | None:
+        """The answer; None if another question came meanwhile."""
+        mine = self._newest = object()
+        answer = question()
+        return answer if self._newest is mine else None

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from lib_lora.ui.jobs import Jobs, Slot
+from lib_lora.ui.jobs import Jobs
 from lib_lora.ui.markup import job_status, message
 from lib_lora.ui.texts import Texts, language_of
-from lib_lora.ui.versions import launch, listen, new_blocks
+from lib_lora.ui.versions import launch, listen, new_blocks, outputs_of
 from lib_lora.ui.words import PROMPT, told_words
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from lib_lora.core.saving import Progress
     from lib_lora.hosts.host import Host
-    from lib_lora.ui.jobs import JobState
+    from lib_lora.ui.jobs import JobState, Slot
+
+    View = Callable[[JobState[Any]], tuple[Any, ...]]
 
 BROWSER = Path(__file__).parent / "browser"
 """Scripts and style; the same in the WebUI, which loads nothing of it by itself."""
@@ -47,10 +49,11 @@ class Page:
         self._hints: dict[str, str] = {}
         self._sources: list[tuple[Any, Callable[[], Sequence[str]]]] = []
         self._first: tuple[Callable[[], Any], list[Any]] | None = None
+        self._shown: dict[Slot, tuple[Callable[[], View], Sequence[Any]]] = {}
 
-    def slot(self) -> Slot:
+    def slot(self, form: str) -> Slot:
         """Where a form runs its jobs; they wait for those of other forms."""
-        return Slot(self._jobs)
+        return self._jobs.slot(form)
 
     def add(self, kind: Callable[..., Any], key: str, *, said_as: str = "", **options: Any) -> Any:
         """A component with words and a tooltip from the table.
@@ -103,8 +106,7 @@ class Page:
 
         def updates() -> list[Any] | Any:
             self.host.catalog.refresh()
-            found = [gr.update(choices=[*source()]) for source in sources]
-            return found if len(found) != 1 else found[0]  # gradio takes a list for the value of a single output
+            return outputs_of([gr.update(choices=[*source()]) for source in sources])
 
         return updates
 
@@ -128,7 +130,7 @@ class Page:
         event: Callable[..., Any],
         slot: Slot,
         work_of: Callable[..., Callable[[Progress], Any]],
-        shown: Callable[[JobState[Any]], tuple[Any, ...]],
+        view: Callable[[], View],
         inputs: Sequence[Any],
         outputs: Sequence[Any],
     ) -> Any:
@@ -138,7 +140,7 @@ class Page:
             event: Such as ``button.click``.
             slot: Where the jobs run.
             work_of: The values of `inputs` → what is to be done.
-            shown: How far a job is → the values of `outputs`.
+            view: Begins to show: what it gives turns how far a job is into the values of `outputs`.
             inputs: Components.
             outputs: Components.
 
@@ -150,12 +152,36 @@ class Page:
             slot.start(work_of(*values))
 
         def follow() -> Iterator[tuple[Any, ...]]:
-            for state in slot.follow():
-                yield shown(state)
+            yield from map(view(), slot.follow())
 
+        self._shown[slot] = view, outputs
         # Two events, for gradio 3 lets nobody click again before the first event has ended.
         begun = listen(event, begin, inputs, quick=True)
         return listen(begun.then, follow, (), outputs)
+
+    def find_jobs(self, blocks: gr.Blocks) -> None:
+        """Show jobs that began on an earlier page, as soon as this one is opened."""
+        outputs = [component for _, shown in self._shown.values() for component in shown]
+
+        def follow() -> Iterator[list[Any]]:
+            yield [gr.update()] * len(outputs)  # gradio 3 empties the outputs of what yields nothing
+            found = {slot: map(view(), slot.follow()) for slot, (view, _) in self._shown.items() if slot.has_news}
+            while found:
+                for slot in [*found]:
+                    if (values := next(found[slot], None)) is None:
+                        del found[slot]
+                    else:
+                        yield self._updates(slot, values)
+
+        listen(blocks.load, follow, (), outputs)
+
+    def _updates(self, slot: Slot, values: tuple[Any, ...]) -> list[Any]:
+        """Of the outputs of all forms, of which one has news."""
+        return [
+            value
+            for one, (_, shown) in self._shown.items()
+            for value in (values if one is slot else [gr.update()] * len(shown))
+        ]
 
     def job_told(self, slot: Slot, state: JobState[Any]) -> str:
         """How far a job is, and whether others of its form wait for it."""
@@ -199,6 +225,7 @@ def build(host: Host, language: str, jobs: Jobs | None = None) -> gr.Blocks:
         listen(blocks.load, None, js=script())
         page.complete_prompts()
         page.fill(blocks)
+        page.find_jobs(blocks)
     return blocks
 
 

@@ -70,8 +70,7 @@ class Sheet:
 
     def __init__(self, page: Page) -> None:
         self._page = page
-        self._slot = page.slot()
-        self._watch = Watch()
+        self._slot = page.slot("train")
         self._newest = object()
         self._controls: dict[str, Any] = {}
         gr.HTML(_welcome(page))
@@ -136,6 +135,11 @@ class Sheet:
         self._samples = add(gr.Gallery, "train.samples", columns=4, object_fit="contain", height="auto", visible=False)
 
     @property
+    def _watch(self) -> Watch:
+        """How the newest training goes, which may have begun on an earlier page."""
+        return self._slot.kept or Watch()
+
+    @property
     def _outputs(self) -> list[Any]:
         return [self._status, self._line, self._plot, self._panel, self._samples]
 
@@ -170,7 +174,7 @@ class Sheet:
         answers = dict(zip(ANSWERED, values, strict=True))
 
         def action(progress: Progress) -> Preview | Made:
-            self._watch = watch = Watch()
+            self._slot.kept = watch = Watch()
             return work(plan_of(self._page.host, answers), watch, progress, replace=bool(replace))
 
         self._slot.start(action)

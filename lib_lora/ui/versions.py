@@ -49,6 +49,11 @@ def listen(
     return event(None if action is None else _unannotated(action), list(inputs), list(outputs), **options)
 
 
+def outputs_of(values: Sequence[Any]) -> Any:
+    """What an action returns for as many outputs; gradio takes a list for the value of a single one."""
+    return values if len(values) != 1 else values[0]
+
+
 def text_event(box: Any) -> Callable[..., Any]:
     """The event that tells of everything that a user does to a text box.
 

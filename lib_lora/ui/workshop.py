@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from lib_lora.prompt.tags import writable_name
+from lib_lora.ui.latest import LastAnswer
 from lib_lora.ui.markup import copyable, message
 from lib_lora.ui.outcome import MOST_ROWS, outcome_panel
-from lib_lora.ui.versions import listen
+from lib_lora.ui.versions import listen, outputs_of
 from lib_lora.ui.words import PROMPT
 from lib_lora.ui.workshop_forms import NONE
 from lib_lora.ui.workshop_jobs import FORMS
@@ -56,7 +57,7 @@ class _Sheet:
     def __init__(self, page: Page, form: Form) -> None:
         self._page = page
         self._form = form
-        self._slot = page.slot()
+        self._slot = page.slot(f"workshop.{form.key}")
         self._fields: dict[str, Any] = {}
         place = f"prefuse-workshop-{form.key.replace('_', '-')}"
         with gr.Tab(page.texts(f"workshop.{form.key}"), elem_id=place), gr.Row():
@@ -79,7 +80,7 @@ class _Sheet:
         with gr.Row():
             self._name = self._add(gr.Textbox, "name", max_lines=1, value="")
             self._replace = self._add(gr.Checkbox, "replace", value=False)
-        self._suggested = gr.State("")
+        self._last = gr.State(LastAnswer())
 
     def _answer(self) -> None:
         with gr.Row():
@@ -136,24 +137,32 @@ class _Sheet:
         answers, result = [self._name, self._replace, *fields], [self._status, self._panel, self._use, self._made]
         for button, preview in ((self._start, False), (self._preview, True)):
             work_of = partial(self._work_of, preview=preview)
-            ended = self._page.run_jobs(button.click, self._slot, work_of, self._told, answers, result)
+            ended = self._page.run_jobs(button.click, self._slot, work_of, lambda: self._told, answers, result)
+            self._follow(ended.then)
             listen(ended.then, self._page.refreshed(), (), self._page.choices)
         listen(self._stop.click, self._slot.cancel, quick=True)
         listen(self._use.click, self._use_model, [self._made], [self._status])
-        name = [self._name, self._suggested]
-        sometimes = [self._fields[one.name] for one in self._form.fields if one.when]
         for field in fields:
-            listen(field.change, self._change, [*name, *fields], [*name, *sometimes], quick=True)
+            self._follow(field.change)
+
+    def _follow(self, event: Any) -> None:
+        """Suggest a name for what stands in the fields, and show those of them that count."""
+        shown = [self._name, *(self._fields[one.name] for one in self._form.fields if one.when)]
+        listen(event, self._change, [self._last, *self._fields.values()], shown, quick=True)
 
     def _values(self, values: tuple[Any, ...]) -> dict[str, Any]:
         return {one.name: value for one, value in zip(self._form.fields, values, strict=True)}
 
-    def _change(self, name: str, suggested: str, *values: Any) -> tuple[Any, ...]:
-        """Another name, if the former was not the user's own; and which fields count."""
-        given = self._values(values)
-        new = self._form.suggestion(self._page.host, given)
-        shown = [gr.update(visible=one.counts(given)) for one in self._form.fields if one.when]
-        return (new if name in ("", suggested) else gr.update(), new, *shown)
+    def _change(self, last: LastAnswer, *values: Any) -> Any:
+        """The suggested name, in grey, for what the user writes is never touched; and which fields count."""
+        given = dict(zip(self._fields, values, strict=True))
+        sometimes = [one for one in self._form.fields if one.when]
+
+        def updates() -> list[Any]:
+            name = self._form.suggestion(self._page.host, given)
+            return [gr.update(placeholder=name), *(gr.update(visible=one.counts(given)) for one in sometimes)]
+
+        return outputs_of(last.of(updates) or [gr.update()] * (1 + len(sometimes)))
 
     def _work_of(self, name: str, replace: bool, *values: Any, preview: bool) -> Callable[[Progress], Outcome]:
         host, given = self._page.host, self._values(values)

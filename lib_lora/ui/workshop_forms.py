@@ -102,7 +102,7 @@ class Form:
         Args:
             host: Whose files are meant.
             values: What stands in the fields, by their names.
-            name: Of the result, without folder and suffix.
+            name: Of the result, without folder and suffix; ``""`` for the suggested one.
             replace: Whether an older file is replaced.
             preview: Whether nothing is written.
             progress: As of the tool.
@@ -111,6 +111,7 @@ class Form:
             PrefuseError: If an answer is missing or none for the job; whatever the tool raises.
         """
         given = {one.name: ANSWERS[one.kind](host, one, values[one.name]) for one in self.fields if one.counts(values)}
+        name = name or self.suggestion(host, values)
         out = output_path(self.folder(host), name, "" if self.is_folder(given) else SUFFIX)
         out.parent.mkdir(parents=True, exist_ok=True)
         return self.run(host, **given, out=out, overwrite=replace, preview=preview, progress=progress)

@@ -74,13 +74,18 @@ def open_form(page: PageDriver, title: str) -> None:
 def ask_merge(page: PageDriver, tags: str, name: str) -> None:
     page.choose("workshop.merge.model", "wide")
     page.type("workshop.merge.loras", tags)
-    page.wait(f"({value('workshop.merge.name')} ?? '').startsWith('wide-')")
+    page.wait(f"{suggested('workshop.merge.name')}?.startsWith('wide-')")
     page.type("workshop.merge.name", name)
 
 
 def value(key: str) -> str:
     place = f"#prefuse-{key.replace('.', '-').replace('_', '-')}"
     return f"document.querySelector('{place} textarea, {place} input')?.value"
+
+
+def suggested(key: str) -> str:
+    """The name that is shown in grey as long as none is written."""
+    return value(key).removesuffix("value") + "placeholder"
 
 
 def started(page: PageDriver) -> None:
@@ -103,7 +108,7 @@ def test_a_prompt_is_baked_with_a_bar_and_the_model_can_be_chosen_at_once(page: 
     page.click("generate.bake")
     page.wait(f"{value('workshop.merge.loras')} === {json.dumps(f'a cat {LONG}')}")
     page.choose("workshop.merge.model", "wide")
-    page.wait(f"({value('workshop.merge.name')} ?? '').startsWith('wide-')")
+    page.wait(f"{suggested('workshop.merge.name')}?.startsWith('wide-')")
     page.type("workshop.merge.name", "baked")
     page.click("workshop.merge.preview")
     page.wait(f"!!document.querySelector('{MERGE} .prefuse-preview')")
@@ -137,6 +142,24 @@ def test_a_merge_is_cancelled_at_once_and_leaves_nothing(workshop: PageDriver, w
     assert workshop.job_end(MERGE).startswith("Cancelled after")
     assert time.monotonic() - begun < CANCEL_SECONDS
     assert sorted(wide.models.iterdir()) == before
+
+
+def test_a_job_is_found_again_on_a_page_that_is_opened_anew_while_it_runs(
+    workshop: PageDriver, wide: PageServer
+) -> None:
+    before = sorted(wide.models.iterdir())
+    ask_merge(workshop, LONG, "found")
+    started(workshop)
+    workshop.open()
+    workshop.sub_tab("Workshop")
+    workshop.wait(f"document.querySelector('{MERGE} progress')?.value > 0")
+    workshop.click("workshop.merge.stop")
+    assert workshop.job_end(MERGE).startswith("Cancelled after")
+    assert sorted(wide.models.iterdir()) == before
+    workshop.open()
+    workshop.sub_tab("Workshop")
+    workshop.wait("!!document.querySelector('#prefuse-workshop-merge-start')?.offsetParent")
+    assert not workshop.text(f"{MERGE} .prefuse-job"), "its end was told before"
 
 
 def test_a_second_click_waits_and_says_so(workshop: PageDriver) -> None:
@@ -175,9 +198,9 @@ def test_a_name_is_refused_and_the_form_stays_as_it_is(workshop: PageDriver, wid
 def test_a_new_lora_can_be_copied_as_a_tag_and_chosen_in_every_form(workshop: PageDriver, wide: PageServer) -> None:
     open_form(workshop, "Resize")
     workshop.choose("workshop.resize.lora", "stripes")
-    workshop.wait(f"{value('workshop.resize.name')}?.startsWith('stripes-r')")
+    workshop.wait(f"{suggested('workshop.resize.name')}?.startsWith('stripes-r')")
     workshop.type("workshop.resize.rank", "2")
-    workshop.wait(f"{value('workshop.resize.name')} === 'stripes-r2'")
+    workshop.wait(f"{suggested('workshop.resize.name')} === 'stripes-r2'")
     workshop.click("workshop.resize.start")
     assert workshop.job_end("#prefuse-workshop-resize").startswith("Done in")
     assert workshop.wait("document.querySelector('.prefuse-copy')?.dataset.text") == "<lora:stripes-r2:1>"
@@ -190,7 +213,7 @@ def test_a_new_lora_can_be_copied_as_a_tag_and_chosen_in_every_form(workshop: Pa
 def test_a_merged_model_is_used_by_a_click(workshop: PageDriver) -> None:
     workshop.choose("workshop.merge.model", "demo")
     workshop.type("workshop.merge.loras", "<lora:stripes:0.5>")
-    workshop.wait(f"{value('workshop.merge.name')} === 'demo-stripes'")
+    workshop.wait(f"{suggested('workshop.merge.name')} === 'demo-stripes'")
     workshop.click("workshop.merge.start")
     workshop.wait("!!document.querySelector('#prefuse-workshop-merge-use')?.offsetParent")
     workshop.click("workshop.merge.use")
@@ -201,13 +224,21 @@ def test_a_merged_model_is_used_by_a_click(workshop: PageDriver) -> None:
     assert workshop.job_end("#prefuse-tab-generate").startswith("Done in")
 
 
+def test_the_suggested_name_never_replaces_what_was_written(workshop: PageDriver) -> None:
+    open_form(workshop, "Resize")
+    workshop.type("workshop.resize.name", "mine")
+    workshop.choose("workshop.resize.lora", "stripes")
+    workshop.wait(f"{suggested('workshop.resize.name')} === 'stripes-r16'")
+    assert workshop.value("workshop.resize.name") == "mine"
+
+
 def test_tags_are_added_by_choosing_and_ranks_are_asked_for_where_they_count(workshop: PageDriver) -> None:
     open_form(workshop, "Combine")
     workshop.choose("workshop.combine.picked", "stripes")
     workshop.type("workshop.combine.strength", "-0.5")
     workshop.click("workshop.combine.add")
     workshop.wait(f"{value('workshop.combine.loras')} === '<lora:stripes:-0.5>'")
-    workshop.wait(f"{value('workshop.combine.name')} === 'stripes-2'")
+    workshop.wait(f"{suggested('workshop.combine.name')} === 'stripes-2'")
     rank = "document.querySelector('#prefuse-workshop-combine-rank')?.offsetParent"
     assert not workshop.run(f"!!{rank}")
     workshop.choose("workshop.combine.method", "svd")

@@ -10,6 +10,7 @@ import pytest
 
 from lib_lora.errors import RequestError
 from lib_lora.ui.jobs import Jobs, Slot
+from lib_lora.ui.latest import LastAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,3 +154,29 @@ def test_at_the_end_all_jobs_are_cancelled_and_waited_for(jobs):
     assert work.begun.wait(PATIENCE_SECONDS)
     jobs.close(PATIENCE_SECONDS)
     assert running.state().phase == waiting.state().phase == "cancelled"
+
+
+def test_a_page_that_is_made_anew_finds_the_jobs_of_each_form_until_their_end_was_told(jobs):
+    work = Work()
+    running = jobs.slot("form").start(work)
+    assert not jobs.slot("other").has_news
+    assert work.begun.wait(PATIENCE_SECONDS)
+    assert jobs.slot("form").has_news
+    running.cancel()
+    ended(running)
+    assert jobs.slot("form").has_news, "nobody has heard of it"
+    assert last(jobs.slot("form").follow()).phase == "cancelled"
+    assert not jobs.slot("form").has_news
+
+
+def test_of_questions_that_overlap_the_last_is_answered():
+    answer = LastAnswer()
+    newer = []
+
+    def older() -> str:
+        newer.append(answer.of(lambda: "newer"))
+        return "older"
+
+    assert answer.of(older) is None
+    assert newer == ["newer"]
+    assert answer.of(lambda: "alone") == "alone"

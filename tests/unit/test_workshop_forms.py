@@ -227,10 +227,15 @@ def test_a_wrong_answer_is_refused(folders: Folders, wrong: str) -> None:
         folders.start(key, answers)
 
 
-@pytest.mark.parametrize("name", ["", "../up", "a/b", "a\\b", "CON", "a\nb", " ", "x" * 300])
+@pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", "CON", "a\nb", " ", "x" * 300])
 def test_a_name_that_is_no_plain_name_is_refused(folders: Folders, name: str) -> None:
     with pytest.raises(UnsafePathError):
         folders.start("resize", {"lora": "a", "rank": 2}, name)
+
+
+def test_without_a_name_the_result_has_the_suggested_one(folders: Folders) -> None:
+    outcome = folders.start("resize", {"lora": "a", "rank": 2}, "", preview=True)
+    assert outcome.path == folders.loras / "a-r2.safetensors"
 
 
 def test_a_file_of_that_name_is_replaced_only_if_that_is_wanted(folders: Folders) -> None:

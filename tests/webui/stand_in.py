@@ -111,6 +111,10 @@ class WebUI:
     def reload(self) -> None:
         """Reload UI."""
         self.modules.script_callbacks.run("script_unloaded")
+        self.load()
+
+    def load(self) -> None:
+        """The second half of it."""
         self._load_scripts()
         self._page()
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TimedOutError
+
 import pytest
 import torch
 from torch import nn
 
+from lib_lora.errors import RequestError
 from tests.webui import stand_in
 
 OFF = {"prefuse_enabled": False}
@@ -29,6 +33,29 @@ def test_the_callbacks_in_any_order_leave_one_registration(webui):
         callbacks.run("model_loaded", webui.model)
     assert is_ours(webui.registered)
     assert len(webui.app.routes) == 5
+
+
+def test_a_job_of_the_page_that_goes_on_waits_for_the_extension_that_is_loaded_anew(webui):
+    from lib_lora.hosts.webui.callbacks import NEWEST
+
+    before = NEWEST.loras()
+    with ThreadPoolExecutor() as pool:
+        webui.modules.script_callbacks.run("script_unloaded")
+        job = pool.submit(NEWEST.loras)
+        with pytest.raises(TimedOutError):
+            job.result(0.1)
+        webui.load()
+        assert job.result(10) is not before
+    assert job.result().sessions.catalog.find("ink").path.is_file()
+
+
+def test_a_job_of_the_page_is_refused_if_the_extension_does_not_come_again(webui, monkeypatch):
+    from lib_lora.hosts.webui import callbacks
+
+    monkeypatch.setattr(callbacks, "RELOAD_SECONDS", 0.1)
+    webui.modules.script_callbacks.run("script_unloaded")
+    with pytest.raises(RequestError, match="unloaded the extension"):
+        callbacks.NEWEST.loras()
 
 
 def test_ten_reloads_are_one_registration_and_change_no_picture(webui, expected):

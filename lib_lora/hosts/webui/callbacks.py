@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+from lib_lora.errors import RequestError
 from lib_lora.hosts.guard import attempt
 from lib_lora.hosts.webui.settings import add_settings, page_language, read_settings
 from lib_lora.hosts.webui.xyz import Known, add_axes
@@ -17,6 +18,39 @@ if TYPE_CHECKING:
     from lib_lora.hosts.webui.active import ActiveLoras
     from lib_lora.hosts.webui.takeover import TakeOver
     from lib_lora.prompt.block_weights import Presets
+
+
+RELOAD_SECONDS = 120
+"""For the WebUI to load the extension anew, before somebody who needs it is refused."""
+
+
+class Newest:
+    """The extension that the WebUI loaded last: jobs of a page go on while that is loaded anew."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._extension: Extension | None = None
+
+    def came(self, extension: Extension | None) -> None:
+        """It can be used; or none can, until the next came."""
+        with self._changed:
+            self._extension = extension
+            self._changed.notify_all()
+
+    def loras(self) -> ActiveLoras:
+        """What does its work.
+
+        Raises:
+            RequestError: If the WebUI has unloaded it and loads none.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._extension is not None, RELOAD_SECONDS)
+            if self._extension is None:
+                raise RequestError("The WebUI has unloaded the extension.")
+            return self._extension.loras()
+
+
+NEWEST = Newest()
 
 
 class Extension:
@@ -70,9 +104,10 @@ class Extension:
 
         if self._takeover is None:
             self._takeover = TakeOver()
+            NEWEST.came(self)
             extend_cond_key(lambda p: () if self._active is None else self._active.cond_state(p))
-            self._takeover.register(PrefuseNetwork(self._loras, self._takeover))
-            add_routes(app, Api(self._loras, self._takeover))
+            self._takeover.register(PrefuseNetwork(self.loras, self._takeover))
+            add_routes(app, Api(self.loras, self._takeover))
             spell_writable_names(self._tag_name)
             if demo is not None:
                 close_what_has_ended()
@@ -80,9 +115,9 @@ class Extension:
     def _host(self) -> Host:
         from lib_lora.hosts.webui.tab import WebuiHost
 
-        return WebuiHost(self._loras)
+        return WebuiHost(NEWEST.loras)
 
-    def _loras(self) -> ActiveLoras:
+    def loras(self) -> ActiveLoras:
         """What does the work; made when it is first needed, for it brings forty modules of ours."""
         from lib_lora.hosts.webui.active import ActiveLoras
         from lib_lora.hosts.webui.compiled import CompiledUnets
@@ -107,6 +142,7 @@ class Extension:
         from lib_lora.hosts.webui.conds import restore_cond_key
         from lib_lora.hosts.webui.pages import leave_open
 
+        NEWEST.came(None)
         leave_open()
         restore_cond_key()
         restore_names()
@@ -127,18 +163,18 @@ class Extension:
 
     def _names(self) -> Sequence[str]:
         """Names that tags of the X/Y/Z plot can have."""
-        entries = self._loras().sessions.catalog.entries() if self._takeover is not None else ()
+        entries = self.loras().sessions.catalog.entries() if self._takeover is not None else ()
         return sorted(entry.tag_name for entry in entries if entry.tag_name)
 
     def _presets(self) -> Presets:
-        return self._loras().sessions.presets.read()
+        return self.loras().sessions.presets.read()
 
     def _blocks(self) -> Sequence[str]:
-        return self._loras().sessions.blocks()
+        return self.loras().sessions.blocks()
 
     def _tag_name(self, file: str) -> str:
         """How our tags spell a file; the built-in extension's may not understand it."""
-        return self._loras().sessions.catalog.tag_name(file) if read_settings().enabled else ""
+        return self.loras().sessions.catalog.tag_name(file) if read_settings().enabled else ""
 
 
 def _step_of(params: Any, denoiser: Any) -> tuple[int, int]:

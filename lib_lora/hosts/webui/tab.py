@@ -114,11 +114,12 @@ class WebuiHost:
         """Draw as txt2img does, after what is being drawn there; without the scripts of its page.
 
         Raises:
-            RequestError: If it was interrupted elsewhere.
+            RequestError: If it was interrupted elsewhere, or the WebUI loaded its page anew, which takes LoRAs away.
             PrefuseError: What `progress` raises.
         """
         request.check()
         with call_queue.queue_lock, closing(_processing(request, save=save)) as p:
+            loras = self._loras()
             shared.state.begin(job="prefuse")
             try:
                 with _watched(progress, request):
@@ -130,9 +131,10 @@ class WebuiHost:
         images = processed.images[first : first + request.count]
         if interrupted or len(images) < request.count:
             raise RequestError("The drawing was interrupted.")
-        report = self._loras().report
+        if self._loras() is not loras:
+            raise RequestError("The WebUI loaded its page anew while this was drawn; draw it again.")
         texts = processed.infotexts[first:]
-        return [Picture(image, text, report, _path(image)) for image, text in zip(images, texts, strict=False)]
+        return [Picture(image, text, loras.report, _path(image)) for image, text in zip(images, texts, strict=False)]
 
 
 def _folder(kind: str) -> str:
