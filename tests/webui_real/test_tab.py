@@ -113,6 +113,9 @@ def test_the_webui_reloads_its_page_while_a_job_of_the_tab_runs(tab: TabDriver, 
         tab.browser.open("about:blank")
     webui.reload_page()
     assert (webui.draw(f"{PROMPT} <lora:b:0.5>").picture == before).all()
+    tab.open().sub_tab("Analyse")
+    tab.click("analyse.interrupt")
+    assert tab.job_end(FORM), "the new page shows the job"
 
 
 def test_pictures_of_txt2img_and_of_the_tab_wait_for_each_other(tab: TabDriver, webui: WebUI) -> None:
