@@ -59,9 +59,10 @@ def _read(given: Sequence[str]) -> TrainOptions:
 
     if not given:
         raise JobError("nothing says what to train; give a CONFIG.toml, or --train_data_dir FOLDER; see --options")
-    if given[0].startswith("--"):
-        return TrainOptions.of(read_arguments(given))
-    return TrainOptions.of({**read_toml(Path(given[0])), **read_arguments(given[1:])})
+    from_file, words = ([], given) if given[0].startswith("--") else ([given[0]], given[1:])
+    values = read_arguments(words)
+    from_file += [values.pop("config_file")] if "config_file" in values else []  # kohya's way to name it
+    return TrainOptions.of({key: value for file in from_file for key, value in read_toml(Path(file)).items()} | values)
 
 
 def _train(options: TrainOptions, wishes: Wishes, progress: Listener, bars: Callable[[str], Progress]) -> Any:
@@ -133,12 +134,21 @@ def _is_first() -> bool:
 
 
 def _table() -> str:
+    """One line for each option, by group: name, default, what it is."""
+    from lib_lora.train.option_values import described
     from lib_lora.train.options import TrainOptions
 
-    return "\n".join(
-        f"{key} = {_toml(default)}\n    {text}" if default is not None else f"{key}\n    {text}"
-        for key, default, text in TrainOptions.table()
-    )
+    lines: list[str] = []
+    for kind in TrainOptions.kinds().values():
+        rows = [(key, "" if default is None else _toml(default), text) for key, default, text in described([kind])]
+        key_width, default_width = (max(len(row[index]) for row in rows) for index in (0, 1))
+        lines += ["", (kind.__doc__ or "").partition(".")[0].upper()]
+        lines += [f"  {key:{key_width}}  {default:{default_width}}  {_plain(text)}" for key, default, text in rows]
+    return "\n".join(lines[1:])
+
+
+def _plain(text: str) -> str:
+    return text.replace("``", "").replace("`", "")
 
 
 def _toml(value: Any) -> str:

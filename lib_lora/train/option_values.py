@@ -23,6 +23,7 @@ _WORDS = {"true": True, "false": False}
 _NAMESPACE = {"Path": Path, "Mapping": Mapping, "Sequence": Sequence, "Literal": Literal, "Any": Any}
 """What annotations may name that modules import for checkers alone."""
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+_TOO_LARGE = {int: 2**63, float: math.inf}
 _ATTRIBUTE = re.compile(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", re.MULTILINE)
 
 
@@ -251,7 +252,7 @@ def _number(value: Any, hint: type) -> Any:
     if isinstance(value, bool) or (hint is int and isinstance(value, float) and not value.is_integer()):
         raise TypeError
     number = hint(value)
-    if not math.isfinite(number):
+    if not abs(number) < _TOO_LARGE[hint]:
         raise ValueError
     return number
 
@@ -264,5 +265,5 @@ def _kind(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
     if origin in (tuple, list, Sequence):
-        return f"a list, each {_kind(inner[0])}"
+        return "texts" if inner[0] is str else f"{_kind(inner[0]).removeprefix('a ')}s with commas between them"
     return _KINDS.get(hint, getattr(hint, "__name__", str(hint)))

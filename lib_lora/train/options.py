@@ -17,7 +17,7 @@ from lib_lora.train.settings import (
     OptimizerOptions,
     OutputOptions,
     RunOptions,
-    check_least,
+    check_numbers,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for group in (self.model, self.optimizer, self.loss, self.noise, self.run, self.output):
-            check_least(group)
+            check_numbers(group)
         if self.output.samples and self.output.sample_prompts is None:
             raise JobError("pictures are drawn from sample_prompts, a text file; give one")
 

@@ -287,8 +287,11 @@ AT_LEAST = {
 }
 
 
-def check_least(group: object) -> None:
-    """Refuse numbers that are too small.
+AT_MOST = {"ema_decay": 1, "lr_scheduler_min_lr_ratio": 1}
+
+
+def check_numbers(group: object) -> None:
+    """Refuse numbers that are too small or too large.
 
     Raises:
         JobError: If there is one.
@@ -296,3 +299,5 @@ def check_least(group: object) -> None:
     for key, value in vars(group).items():
         if value is not None and key in AT_LEAST and value < AT_LEAST[key]:
             raise JobError(f"{key} must be at least {AT_LEAST[key]}, not {value:g}")
+        if value is not None and key in AT_MOST and value > AT_MOST[key]:
+            raise JobError(f"{key} must be at most {AT_MOST[key]}, not {value:g}")

@@ -129,9 +129,22 @@ def test_a_value_without_a_key_is_refused():
 
 def test_the_command_lists_its_options(capsys):
     assert main(["train", "--options"]) == 0
-    told = capsys.readouterr().out
-    assert "network_dim = 4\n" in told
-    assert "scale_weight_norms\n" in told
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("  ") for line in lines) == len(TrainOptions.table())
+    found = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    assert found["network_dim"].split(maxsplit=2)[1:] == [
+        "4",
+        "Rank of Linear layers and 1x1 convolutions; 0 leaves them alone.",
+    ]
+    assert found["scale_weight_norms"].split(maxsplit=1)[1].startswith("No layer's change becomes longer")
+    assert [line for line in lines if line.isupper()][:2] == ["WHAT IS TRAINED", "WHAT IS LEARNED BESIDE THE MODEL"]
+
+
+def test_a_file_may_be_named_as_kohya_names_it(tmp_path, capsys):
+    file = tmp_path / "config.toml"
+    file.write_text("seed = 'many'\n")
+    assert main(["train", "--config_file", str(file), "--network_dim", "4"]) == 1
+    assert "seed must be a whole number, not 'many'" in capsys.readouterr().err
 
 
 def test_the_command_refuses_with_one_sentence(tmp_path, capsys):

@@ -123,7 +123,9 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        _check([f"{name} {given[name]:g} is no probability" for name in _RATES if not 0 <= given[name] <= 1])
+        _check(
+            [f"{name} {given[name]:g} is no probability; give 0 to 1" for name in _RATES if not 0 <= given[name] <= 1]
+        )
         _check([f"{name} must be 1 or more, not {given[name]}" for name in _COUNTS if given[name] < 1])
         _check([f"{name} can not be negative: {given[name]}" for name in _NOT_NEGATIVE if given[name] < 0])
         _check(self._contradictions())
@@ -208,13 +210,15 @@ def _size_faults(options: DataOptions) -> list[str]:
     """Why `resolution` can not be used."""
     shown = ",".join(map(str, options.resolution))
     if len(options.resolution) not in (1, 2) or min(options.resolution) < LATENT_STEP:
-        return [f"resolution {shown or 'of nothing'} is none; write 512, or width and height as in 512,768"]
+        least = f"the smallest side is {LATENT_STEP}"
+        return [f"resolution {shown or 'of nothing'} is none; write 512, or width and height as in 512,768; {least}"]
     shorter, longer = sorted(options.size)
     if not options.enable_bucket:
         uneven = shorter % LATENT_STEP or longer % LATENT_STEP
         return [f"without buckets resolution must be a multiple of {LATENT_STEP}, not {shown}"] if uneven else []
     if shorter * longer < options.bucket_reso_steps**2:
-        return [f"resolution {shown} is less than bucket_reso_steps {options.bucket_reso_steps}"]
+        step = options.bucket_reso_steps
+        return [f"resolution {shown} is less than the smallest bucket, {step}x{step}; lower bucket_reso_steps {step}"]
     low, high = options.min_bucket_reso, options.max_bucket_reso
     within = options.bucket_no_upscale or low <= shorter <= longer <= high
     return [] if within else [f"resolution {shown} is not within buckets from {low} to {high}"]
