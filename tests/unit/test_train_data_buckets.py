@@ -128,7 +128,7 @@ def test_without_buckets_a_small_picture_is_refused_or_enlarged():
         ({"resolution": ()}, "resolution of nothing"),
         ({"resolution": (4,)}, "resolution 4 is none"),
         ({"resolution": (500,), "enable_bucket": False}, "multiple of 8, not 500"),
-        ({"resolution": (48,)}, "less than bucket_reso_steps 64"),
+        ({"resolution": (48,)}, "less than the smallest bucket, 64x64"),
         ({"resolution": (2048,), "bucket_no_upscale": False}, "not within buckets from 256 to 1024"),
         ({"bucket_reso_steps": 20}, "multiple of 8, not 20"),
         ({"train_batch_size": 0}, "train_batch_size must be 1 or more, not 0"),
