@@ -40,7 +40,7 @@ USAGE = """usage: python run.py COMMAND [options]
   test    the tests of less than ten seconds each; options go to pytest (-m "": all of them;
           --webui-pins: those of the core and the extension, with the WebUI's versions)
   bench   the benchmarks: --suite steps | switch | schedules | families | merge | resize | extract |
-          files | compile | compile_controlnet | train | train_demo | page;
+          files | compile | compile_controlnet | train | train_demo | train_memory | page;
           on a GPU also gpu | gpu_switch | gpu_compile"""
 
 

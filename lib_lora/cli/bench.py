@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SUITES = (
     *("steps", "switch", "schedules", "families", "merge", "resize", "extract", "files"),
-    *("compile", "compile_controlnet", "train", "train_demo", "page"),
+    *("compile", "compile_controlnet", "train", "train_demo", "train_memory", "page"),
 )
 GPU_SUITES = ("gpu", "gpu_switch", "gpu_compile")
 
