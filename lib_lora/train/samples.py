@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lib_lora.core.opening import shown
 from lib_lora.core.saving import save_bytes
 from lib_lora.errors import JobError
+from lib_lora.train.kohya_options import SAMPLERS
+from lib_lora.train.option_values import convert, read_tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from PIL.Image import Image
@@ -22,15 +25,29 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLER = "Euler a"
 
-_OPTION = re.compile(r"\s--([a-z]+)\s+")
-_FIELDS: dict[str, tuple[str, type]] = {
-    "n": ("negative", str),
-    "w": ("width", int),
-    "h": ("height", int),
-    "d": ("seed", int),
-    "l": ("cfg", float),
-    "s": ("steps", int),
+_OPTION = re.compile(r"\s--([a-zA-Z]+)\s+")
+_LETTERS = {
+    "n": "negative_prompt",
+    "w": "width",
+    "h": "height",
+    "d": "seed",
+    "l": "scale",
+    "s": "sample_steps",
+    "ss": "sample_sampler",
 }
+"""kohya's options of a line → the same in its .toml and .json files."""
+_FIELDS: dict[str, tuple[str, type]] = {
+    "prompt": ("prompt", str),
+    "negative_prompt": ("negative", str),
+    "width": ("width", int),
+    "height": ("height", int),
+    "seed": ("seed", int),
+    "scale": ("cfg", float),
+    "sample_steps": ("steps", int),
+    "sample_sampler": ("sampler", str),
+}
+_SIDE = 8
+"""Sides in pixels are multiples of it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,7 @@ class SamplePrompt:
         seed: Of the picture.
         cfg: Guidance scale.
         steps: Sampling steps.
+        sampler: The WebUI's name; empty for that of all.
     """
 
     prompt: str
@@ -54,6 +72,7 @@ class SamplePrompt:
     seed: int = 0
     cfg: float = 7.5
     steps: int = 20
+    sampler: str = ""
 
 
 Draw: TypeAlias = "Callable[[SamplePrompt, str], Image]"
@@ -61,16 +80,19 @@ Draw: TypeAlias = "Callable[[SamplePrompt, str], Image]"
 
 
 def read_prompts(path: Path) -> list[SamplePrompt]:
-    """The prompts of a text file, one in a line; empty lines and those that begin with # are none.
+    """The prompts of a file as kohya reads it.
+
+    Args:
+        path: A .json with a list, a .toml with [prompt] and [[prompt.subset]], or a text with one in each line, where
+            empty lines and those that begin with # are none.
 
     Raises:
         JobError: If the file can not be read, has no prompt, or an option is unknown or no number.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        prompts = [_read_prompt(told, index) for index, told in _told(path)]
     except (OSError, ValueError) as error:
         raise JobError(f"sample_prompts: {shown(path)} can not be read: {error}") from error
-    prompts = [_read_prompt(line, index) for index, line in enumerate(lines) if line and not line.startswith("#")]
     if not prompts:
         raise JobError(f"sample_prompts: {shown(path)} has no prompt; write one in each line")
     return prompts
@@ -86,7 +108,7 @@ def draw_samples(draw: Draw, prompts: Sequence[SamplePrompt], sampler: str, fold
     paths = [folder / f"{name}_{index:02d}.png" for index in range(len(prompts))]
     for path, prompt in zip(paths, prompts, strict=True):
         png = io.BytesIO()
-        draw(prompt, sampler).save(png, "PNG")
+        draw(prompt, prompt.sampler or sampler).save(png, "PNG")
         save_bytes(path, png.getvalue(), overwrite=True)
     return paths
 
@@ -115,15 +137,48 @@ def draw_class_pictures(
         progress(done, len(missing))
 
 
-def _read_prompt(line: str, seed: int) -> SamplePrompt:
-    prompt, *options = _OPTION.split(line)
+def _told(path: Path) -> Iterator[tuple[int, Any]]:
+    """Place in the file, and what it says of each prompt: a line, or a table."""
+    if path.suffix == ".toml":
+        return enumerate(_subsets(read_tables(path).get("prompt")))
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        found = json.loads(text)
+        return enumerate(found if isinstance(found, list) else [found])
+    lines = enumerate(line.strip() for line in text.splitlines())
+    return ((index, line) for index, line in lines if line and not line.startswith("#"))
+
+
+def _subsets(section: Any) -> Iterator[Any]:
+    """What [prompt] and each [[prompt.subset]] say together."""
+    shared = dict(section) if isinstance(section, dict) else {}
+    subsets = shared.pop("subset", {})
+    for subset in subsets if isinstance(subsets, list) else [subsets]:
+        yield {**shared, **subset} if isinstance(subset, dict) else subset
+
+
+def _read_prompt(told: Any, seed: int) -> SamplePrompt:
+    table = _of_line(told) if isinstance(told, str) else told
+    if not isinstance(table, dict) or "prompt" not in table:
+        raise JobError(f"sample_prompts: prompt {seed + 1} of the file is none; it needs a text called prompt")
     values: dict[str, Any] = {"seed": seed}
-    for key, text in zip(options[::2], options[1::2], strict=True):
+    for key, value in table.items():
         if key not in _FIELDS:
-            raise JobError(f"sample_prompts: there is no --{key}; there are {', '.join(f'--{one}' for one in _FIELDS)}")
+            raise JobError(f"sample_prompts: there is no {key}; there are {', '.join(_FIELDS)}")
         field, kind = _FIELDS[key]
-        try:
-            values[field] = kind(text.strip())
-        except ValueError as error:
-            raise JobError(f"sample_prompts: --{key} {text.strip()!r} is no number") from error
-    return SamplePrompt(prompt.strip(), **values)
+        values[field] = convert(f"sample_prompts: {key}", value, kind)
+    sampler = values.get("sampler", "")
+    sides = {name: values[name] // _SIDE * _SIDE for name in ("width", "height") if name in values}
+    return SamplePrompt(**{**values, **sides, "sampler": SAMPLERS.get(sampler.lower(), sampler)})
+
+
+def _of_line(line: str) -> dict[str, Any]:
+    prompt, *options = _OPTION.split(line)
+    table: dict[str, Any] = {"prompt": prompt.strip()}
+    for letter, text in zip(options[::2], options[1::2], strict=True):
+        if letter.lower() not in _LETTERS:
+            raise JobError(
+                f"sample_prompts: there is no --{letter}; there are {', '.join(f'--{one}' for one in _LETTERS)}"
+            )
+        table[_LETTERS[letter.lower()]] = text.strip()
+    return table

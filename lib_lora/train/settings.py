@@ -41,7 +41,8 @@ class OptimizerOptions:
     """How weights move.
 
     Attributes:
-        optimizer_type: AdamW, SGD or another of torch's; Adafactor; with bitsandbytes AdamW8bit, Lion8bit and such.
+        optimizer_type: AdamW, SGD or another of torch's; Adafactor; of packages Lion, Prodigy, DAdaptation, and of
+            bitsandbytes AdamW8bit, Lion8bit, PagedAdamW and such.
         optimizer_args: Its further settings, such as ``weight_decay=0.01``.
         learning_rate: Of everything that has none of its own.
         unet_lr: Of the UNet.
@@ -196,7 +197,8 @@ class OutputOptions:
         sample_at_first: Draw pictures before the first step.
         sample_every_n_steps: Draw pictures.
         sample_every_n_epochs: Draw pictures.
-        sample_prompts: A text file: in each line a prompt, then kohya's --n --w --h --d --l --s.
+        sample_prompts: A text file: in each line a prompt, then kohya's --n --w --h --d --l --s --ss; or kohya's .toml
+            or .json.
         sample_sampler: The WebUI's name.
         logging_dir: Folder for TensorBoard.
         force: Replace existing files.

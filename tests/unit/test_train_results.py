@@ -169,12 +169,47 @@ def test_prompts_are_read_in_kohyas_form(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [("a --x 3\n", "no --x"), ("a --w wide\n", "--w 'wide' is no number"), ("# nothing\n", "has no prompt")],
-)
-def test_prompts_that_can_not_be_are_one_sentence(tmp_path, text, sentence):
+def test_prompts_have_samplers_of_their_own_and_sides_that_can_be(tmp_path):
     file = tmp_path / "prompts.txt"
+    file.write_text("a cat --W 100 --ss k_euler\na dog --ss DPM++ 2M\n")
+    assert read_prompts(file) == [
+        SamplePrompt("a cat", width=96, seed=0, sampler="Euler"),
+        SamplePrompt("a dog", seed=1, sampler="DPM++ 2M"),
+    ]
+
+
+FILES = {
+    "prompts.json": '[{"prompt": "a cat", "scale": 7.5, "sample_steps": 28}, "a dog --w 64"]',
+    "prompts.toml": '[prompt]\nscale = 7.5\nsample_steps = 28\n[[prompt.subset]]\nprompt = "a cat"\n'
+    '[[prompt.subset]]\nprompt = "a dog"\nscale = 3\n',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_prompts_are_read_from_kohyas_tables(tmp_path, name):
+    (tmp_path / name).write_text(FILES[name])
+    first, second = read_prompts(tmp_path / name)
+    assert first == SamplePrompt("a cat", cfg=7.5, steps=28)
+    assert (second.prompt, second.seed) == ("a dog", 1)
+    assert (second.width, second.cfg) == ((64, 7.5) if name.endswith("json") else (None, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("prompts.txt", "a --x 3\n", "no --x"),
+        ("prompts.txt", "a --w wide\n", "width must be a whole number, not 'wide'"),
+        ("prompts.txt", "# nothing\n", "has no prompt"),
+        ("prompts.json", "[", "can not be read"),
+        ("prompts.json", "[3]", "prompt 1 of the file is none"),
+        ("prompts.json", "3", "prompt 1 of the file is none"),
+        ("prompts.toml", "[prompt]\nsubset = [3]\n", "prompt 1 of the file is none"),
+        ("prompts.json", '[{"prompt": "a", "heigth": 3}]', "no heigth; there are prompt"),
+        ("prompts.toml", "[prompt]\nscale = 2\n", "prompt 1 of the file is none"),
+    ],
+)
+def test_prompts_that_can_not_be_are_one_sentence(tmp_path, name, text, sentence):
+    file = tmp_path / name
     file.write_text(text)
     with pytest.raises(JobError, match=sentence):
         read_prompts(file)
