@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,13 +14,14 @@ from tests.family_files import family_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
     from torch import Tensor, nn
 
     from lib_lora.core.layers import LayerRef
     from lib_lora.session import LoraSession
 
+GOLDEN = Path(__file__).parent / "golden" / "sd1"
+BASE, LORA = GOLDEN / "base.safetensors", GOLDEN / "lora_A.safetensors"
 FAMILIES = ("LoRA", "LoHa", "Full", "DoRA of outputs", "LoRA Tucker")
 OTHERWISE = ("embedding", "text_projection")
 """In open_clip's files these are no layers, and no trainer changes them."""
@@ -80,3 +82,27 @@ def bits(tensor: Tensor) -> Tensor:
     return (
         tensor.detach().contiguous().view(torch.uint8) if tensor.ndim else tensor.detach().reshape(1).view(torch.uint8)
     )
+
+
+def diffusers_folder(folder: Path) -> Path:
+    """`BASE` as three files in diffusers' layout, with LDM's names, which are known there too."""
+    tensors = load_file(BASE)
+    prefixes = {"unet": "model.", "text_encoder": "cond_stage_model.", "vae": "first_stage_model."}
+    for part, prefix in prefixes.items():
+        (folder / "model" / part).mkdir(parents=True)
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        save_file(own, folder / "model" / part / "model.safetensors")
+    (folder / "model" / "model_index.json").write_bytes(b"{}")
+    return folder / "model"
+
+
+def output_beside_another(folder: Path) -> Path:
+    """A file to be, in a folder with another file."""
+    (folder / "out").mkdir()
+    (folder / "out" / "precious.txt").write_bytes(b"precious")
+    return folder / "out" / "merged.safetensors"
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """All that is in a folder, and what is in it."""
+    return {str(item.relative_to(folder)): item.read_bytes() if item.is_file() else None for item in folder.rglob("*")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,17 +27,16 @@ from lib_lora.tools.ranks import RankRule
 from lib_lora.tools.resize import resize
 from tests.combine_files import CONV, LINEAR, SD1, SHAPES, TEXT, lora
 from tests.family_files import family_tensors, write
-from tests.merge_models import write_mixed_lora
+from tests.merge_models import BASE, LORA, write_mixed_lora
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from lib_lora.tools.outcome import Outcome
 
     Job = Callable[..., Outcome]
 
-GOLDEN = Path(__file__).parent / "golden" / "sd1"
-BASE, LORA = GOLDEN / "base.safetensors", GOLDEN / "lora_A.safetensors"
 HASHES = {"sshs_model_hash": "old", "sshs_legacy_hash": "old"}
 FORM = ImageForm(Resolution.parse("24x24,12x12"))
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,15 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib_lora.__main__ import main
-from lib_lora.core.files import FileIdentity
-from lib_lora.errors import FileChangedError, OutputError
-from lib_lora.tools.given import given_files
-from lib_lora.tools.merge import merge_loras
+from tests.merge_models import BASE, GOLDEN, LORA, diffusers_folder, output_beside_another, snapshot
 
-ROOT = Path(__file__).parents[2]
-HERE = ROOT / "tests" / "golden" / "sd1"
-BASE, LORA = HERE / "base.safetensors", HERE / "lora_A.safetensors"
-CANCELS, KILLS = 50, 20
 TO_K = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
 KOHYA_TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 SDXL = "lora_unet_input_blocks_4_1_transformer_blocks_1"
@@ -33,15 +23,7 @@ posix_only = pytest.mark.skipif(os.name == "nt", reason="Windows has no such fil
 
 @pytest.fixture
 def out(tmp_path) -> Path:
-    """A file to be, in a folder with another file."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "precious.txt").write_bytes(b"precious")
-    return folder / "merged.safetensors"
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    return {str(item.relative_to(folder)): item.read_bytes() if item.is_file() else None for item in folder.rglob("*")}
+    return output_beside_another(tmp_path)
 
 
 def sd1(folder: Path, value: float = 1.0) -> Path:
@@ -151,7 +133,7 @@ def test_one_bad_lora_of_two_is_the_end_of_both(tmp_path, out, capsys):
     ],
 )
 def test_a_prompt_that_can_not_be_merged_is_refused(out, capsys, prompt, message):
-    command = ["merge", "--model", str(BASE), "--prompt", prompt, "--lora-dir", str(HERE), "--out", str(out)]
+    command = ["merge", "--model", str(BASE), "--prompt", prompt, "--lora-dir", str(GOLDEN), "--out", str(out)]
     assert main(command) == 1
     assert message in capsys.readouterr().err
     assert not out.exists()
@@ -229,124 +211,3 @@ def test_a_full_disk_is_told_before_the_work(out, capsys, monkeypatch):
 
 def test_a_device_that_is_not_there_is_refused(out, capsys):
     assert "device" in refusal(capsys, BASE, LORA, out, "--device", "nonsense")
-
-
-# What happens on the way
-
-
-def diffusers_folder(folder: Path) -> Path:
-    """The model as three files in diffusers' layout, with LDM's names, which are known there too."""
-    tensors = load_file(BASE)
-    prefixes = {"unet": "model.", "text_encoder": "cond_stage_model.", "vae": "first_stage_model."}
-    for part, prefix in prefixes.items():
-        (folder / "model" / part).mkdir(parents=True)
-        own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        save_file(own, folder / "model" / part / "model.safetensors")
-    (folder / "model" / "model_index.json").write_bytes(b"{}")
-    return folder / "model"
-
-
-@posix_only
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_limit_reached_at_any_size_leaves_the_folder_alone(tmp_path, out, kind):
-    import resource
-
-    model, target = (BASE, out) if kind == "file" else (diffusers_folder(tmp_path), out.parent / "merged")
-    before, (soft, hard) = snapshot(out.parent), resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size in (0, 8, 50_000, *random.Random(0).sample(range(200_000, 1_000_000), 7)):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            with pytest.raises(OutputError, match="File too large"):
-                merge_loras(model, given_files([str(LORA)]), target)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert snapshot(out.parent) == before
-
-
-@pytest.mark.parametrize("kind", ["file", "folder", "pickle"])
-def test_a_cancel_at_any_time_leaves_the_folder_alone(tmp_path, out, kind):
-    model, target = BASE, out
-    if kind == "folder":
-        model, target = diffusers_folder(tmp_path), out.parent / "merged"
-    if kind == "pickle":
-        model = tmp_path / "model.ckpt"
-        torch.save(load_file(BASE), model)
-    before, calls = snapshot(out.parent), list[int]()
-    merge_loras(
-        model, given_files([str(LORA)]), tmp_path / f"whole{target.suffix}", progress=lambda *n: calls.append(n[0])
-    )
-    times = {"file": CANCELS, "folder": CANCELS // 5, "pickle": 1}[kind]
-    for last in random.Random(1).sample(calls, times):
-
-        def cancel(done, _, last=last):
-            if done >= last:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            merge_loras(model, given_files([str(LORA)]), target, progress=cancel)
-        assert snapshot(out.parent) == before
-
-
-def test_a_model_that_is_written_to_meanwhile_is_noticed(tmp_path, out):
-    model = Path(shutil.copy(BASE, tmp_path / "model.safetensors"))
-
-    def touch(done, total):
-        os.utime(model, ns=(1, FileIdentity.of(model).mtime_ns + 1))
-
-    with pytest.raises(FileChangedError, match=r"model\.safetensors is being written to"):
-        merge_loras(model, given_files([str(LORA)]), out, progress=touch)
-    assert not out.exists()
-
-
-KILLER = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-from lib_lora.tools.given import given_files
-from lib_lora.tools.merge import merge_loras
-
-torch.set_num_threads(1)
-model, lora, target, kills = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-start = time.perf_counter()
-merge_loras(model, given_files([lora]), target.with_name("whole.safetensors"))
-duration, rng, outcomes = time.perf_counter() - start, random.Random(0), []
-for _ in range(kills):
-    child = os.fork()
-    if child == 0:
-        merge_loras(model, given_files([lora]), target)
-        os._exit(0)
-    time.sleep(rng.uniform(0, 1.5 * duration))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    outcomes.append(target.exists())
-    if target.is_file():
-        target.unlink()
-    elif target.exists():
-        target.rename(target.with_name(f"done {len(outcomes)}"))
-print(outcomes.count(False), outcomes.count(True))
-"""
-
-
-@pytest.mark.newest
-@posix_only
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_kill_at_any_time_leaves_all_or_nothing(tmp_path, out, kind):
-    model, target = (BASE, out) if kind == "file" else (diffusers_folder(tmp_path), out.parent / "merged")
-    command = [sys.executable, "-c", KILLER, str(model), str(LORA), str(target), str(KILLS)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
-    assert done.returncode == 0, done.stderr
-    nothing, whole = map(int, done.stdout.split())
-    assert nothing > 0, "some kills are to come before the end"
-    assert nothing + whole == KILLS
-    for folder in out.parent.glob("done*"):
-        assert {file.name for file in folder.rglob("*.*")} == {"model.safetensors", "model_index.json"}
-        assert load_file(folder / "unet" / "model.safetensors").keys()
-
-
-def test_rests_of_killed_jobs_are_removed_after_a_day(out):
-    stale = out.parent / f".tmp-{'0' * 16}"
-    (stale / "unet").mkdir(parents=True)
-    (stale / "unet" / "model.safetensors").write_bytes(b"half")
-    os.utime(stale, (1, 1))
-    merge_loras(BASE, given_files([str(LORA)]), out)
-    assert not stale.exists()
