@@ -74,9 +74,9 @@ class NetworkTrainee:
         model.unet.requires_grad_(False)
         for encoder in model.text_encoders:
             encoder.requires_grad_(False)
-        self.network = create_network(model.unet, model.text_encoders, options.network)
-        self.module = self.network
-        self.network.eval()  # captions may be encoded before the training begins
+        network = create_network(model.unet, model.text_encoders, options.network)
+        network.eval()  # captions may be encoded before the training begins
+        self.module = self.network = network
         self.notes = self.network.notes
         self._options = options
         self.trains_text = any(group["name"].startswith(TEXT_GROUP) for group in self.groups())

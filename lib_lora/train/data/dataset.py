@@ -178,7 +178,7 @@ def _name(folder: Folder, path: Path, base: Path) -> str:
 def _note_of_strengths(pictures: Iterable[Picture]) -> list[str]:
     strengths = [one.network_multiplier for one in pictures if one.network_multiplier != 1]
     what = f"{len(strengths)} pictures are learned with the network at another strength than 1"
-    return [f"{what}: {min(strengths):g} to {max(strengths):g}"] if strengths else []
+    return [f"{what}: {min(strengths):.3g} to {max(strengths):.3g}"] if strengths else []
 
 
 def _count(read: Iterable[_Read], *, is_reg: bool) -> int:
