@@ -1,4 +1,4 @@
-"""What the demo's three training loops share."""
+"""What the demo's two training loops share."""
 
 from __future__ import annotations
 
