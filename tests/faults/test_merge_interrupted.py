@@ -1,4 +1,4 @@
-"""Merging that ends on the way, by a full disk, a cancel, a kill, a model that is written to: all or nothing is there."""
+"""Merging that a full disk, a cancel, a kill or another writer ends on the way: all is there, or nothing."""
 
 from __future__ import annotations
 
