@@ -84,14 +84,8 @@ NO_EFFECT: Mapping[str, tuple[str, ...]] = {
         *("huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token", "huggingface_repo_visibility"),
         "async_upload",
         *("validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"),
-        *(
-            "use_safetensors",
-            "custom_attributes",
-            "base_weights_multiplier",
-            "epoch",
-            "noise_offset_type",
-            "skip_until_initial_step",
-        ),
+        *("use_safetensors", "custom_attributes", "base_weights_multiplier", "skip_until_initial_step"),
+        *("epoch", "noise_offset_type"),
     ),
 }
 """Why it changes nothing here → options. Nothing is said of those without a reason: they serve others that are

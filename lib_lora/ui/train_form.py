@@ -228,7 +228,7 @@ def _further(text: str) -> dict[str, Any]:
 def _check_further(options: TrainOptions, further: Mapping[str, Any]) -> None:
     """No path comes from what is typed, and what is made is a LoRA."""
     values = options.values()
-    if paths := [key for key in further if isinstance(values[key], Path)]:
+    if paths := [key for key in further if isinstance(values.get(key), Path)]:
         raise JobError(f"{paths[0]} is a path, which the page takes from lists alone; give it to the command line")
     if options.model.full:
         raise JobError("the page trains LoRAs; the whole model is trained by the command line, with --full")

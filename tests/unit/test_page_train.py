@@ -73,7 +73,7 @@ def test_answers_become_options_and_the_configuration_becomes_the_answers_again(
         unet_lr="0.002",
         down_lr_weight="sine+0.25",
         up_lr_weight="0,0,0,1,1,1,1,1,1,1,1,1",
-        further='noise_offset = 0.05\noptimizer_args = ["weight_decay=0.1"]',
+        further='noise_offset = 0.05\nxformers = true\noptimizer_args = ["weight_decay=0.1"]',
     )
     plan = plan_of(host, given)
     options = plan.options
