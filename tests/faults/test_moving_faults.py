@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
@@ -20,35 +18,19 @@ from tests.moving_toys import (
     Toy,
     by_hand,
     factors,
-    make_session,
     prompt,
     same,
     set_by_hand,
     weights,
-    write_loras,
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_loras(tmp_path_factory.mktemp("loras"))
-
-
-@pytest.fixture
-def make(folder):
-    return partial(make_session, folder)
-
-
-@pytest.fixture
-def take(monkeypatch):
-    """Takes one way, whatever it costs: toys are too small for any but the exact one."""
-    return lambda way: monkeypatch.setattr("lib_lora.moving.choose", lambda *_: way)
-
-
 @pytest.mark.parametrize(("place", "name"), [(numerics, "fuse_layer"), (held, "multiply"), (Held, "fuse")])
-def test_an_interrupt_in_mid_pass_gives_the_base_back_and_the_next_set_is_exact(make, take, monkeypatch, place, name):
-    take("held")
-    parts, session = make()
+def test_an_interrupt_in_mid_pass_gives_the_base_back_and_the_next_set_is_exact(
+    make_toys, take_way, monkeypatch, place, name
+):
+    take_way("held")
+    parts, session = make_toys()
     base, act = weights(parts["unet"]), getattr(place, name)
     for layer in range(1, 3):
         session.set(prompt())
@@ -67,12 +49,12 @@ def test_an_interrupt_in_mid_pass_gives_the_base_back_and_the_next_set_is_exact(
         assert same(weights(parts["unet"]), base)
         assert session._patcher.held_bytes == 0
         session.set(by_hand([("move", 1.0, 0.5)]))
-        assert same(weights(parts["unet"]), set_by_hand(make, torch.float32, [("move", 1.0, 0.5)]))
+        assert same(weights(parts["unet"]), set_by_hand(make_toys, torch.float32, [("move", 1.0, 0.5)]))
 
 
-def test_another_programs_write_in_mid_pass_is_noticed_and_not_overwritten(make, take):
-    take("held")
-    parts, session = make()
+def test_another_programs_write_in_mid_pass_is_noticed_and_not_overwritten(make_toys, take_way):
+    take_way("held")
+    parts, session = make_toys()
     session.set(prompt())
     session.advance(1, STEPS)
     parts["unet"].one.weight.fill_(7.0)
@@ -83,26 +65,26 @@ def test_another_programs_write_in_mid_pass_is_noticed_and_not_overwritten(make,
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.cuda.OutOfMemoryError])
-def test_without_memory_for_sums_all_is_fused_anew_and_that_is_told(make, take, monkeypatch, error):
-    take("held")
+def test_without_memory_for_sums_all_is_fused_anew_and_that_is_told(make_toys, take_way, monkeypatch, error):
+    take_way("held")
 
     def fail(_, patches, fill):
         if any(patch.held for patch in patches):
             raise error("no memory for it")
 
     monkeypatch.setattr(HeldSums, "add", fail)
-    parts, session = make()
+    parts, session = make_toys()
     session.set(prompt())
     for step in range(STEPS):
         session.advance(step, STEPS)
-    assert same(weights(parts["unet"]), set_by_hand(make, torch.float32, [("move", 1.0, 1.2)]))
+    assert same(weights(parts["unet"]), set_by_hand(make_toys, torch.float32, [("move", 1.0, 1.2)]))
     assert "no memory for it" in " ".join(session.report.notes)
     assert session.active[-1].moving == "5 moves, fused anew"
     assert session.report.refused == ()
 
 
-def test_a_held_sum_that_overflows_where_the_whole_does_not_is_never_used(make, take, tmp_path, folder):
-    take("held")
+def test_a_held_sum_that_overflows_where_the_whole_does_not_is_never_used(make_toys, take_way, tmp_path, moving_loras):
+    take_way("held")
     loud = {key: tensor * (5e3 if "up" in key else 1.0) for key, tensor in factors("ink").items()}
     save_tensors(tmp_path / "loud.safetensors", loud, {})
     back = {key: tensor * (-5e3 if "up" in key else 1.0) for key, tensor in factors("ink").items()}
@@ -121,9 +103,9 @@ def test_a_held_sum_that_overflows_where_the_whole_does_not_is_never_used(make, 
     assert same(weights(unet), moved)
 
 
-def test_weights_in_fp8_are_fused_anew_bit_for_bit(make, take):
-    take("held")
-    parts, session = make(torch.bfloat16)
+def test_weights_in_fp8_are_fused_anew_bit_for_bit(make_toys, take_way):
+    take_way("held")
+    parts, session = make_toys(torch.bfloat16)
     for place in PLACES:
         layer = parts["unet"].get_submodule(place)
         layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)

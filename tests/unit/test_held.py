@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -23,28 +21,10 @@ from tests.moving_toys import (
     STRENGTHS,
     by_hand,
     check,
-    make_session,
     prompt,
     same,
     weights,
-    write_loras,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_loras(tmp_path_factory.mktemp("loras"))
-
-
-@pytest.fixture
-def make(folder):
-    return partial(make_session, folder)
-
-
-@pytest.fixture
-def take(monkeypatch):
-    """Takes one way, whatever it costs: toys are too small for any but the exact one."""
-    return lambda way: monkeypatch.setattr("lib_lora.moving.choose", lambda *_: way)
 
 
 def nbytes(tensors: dict[str, torch.Tensor]) -> int:
@@ -53,9 +33,9 @@ def nbytes(tensors: dict[str, torch.Tensor]) -> int:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("moving", [("move",), ("move", "other")])
-def test_curves_beside_others_are_within_three_roundings_of_the_exact_sum(make, take, dtype, moving):
-    take("held")
-    parts, session = make(dtype)
+def test_curves_beside_others_are_within_three_roundings_of_the_exact_sum(make_toys, take_way, dtype, moving):
+    take_way("held")
+    parts, session = make_toys(dtype)
     base = weights(parts["unet"])
     session.set(prompt("".join(f"<lora:{name}:te=1:unet={CURVE}>" for name in moving)))
     for step in range(STEPS):
@@ -71,9 +51,9 @@ def test_curves_beside_others_are_within_three_roundings_of_the_exact_sum(make, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_where_a_curve_is_0_the_weights_are_those_of_the_others_bit_for_bit(make, take, dtype):
-    take("held")
-    parts, session = make(dtype)
+def test_where_a_curve_is_0_the_weights_are_those_of_the_others_bit_for_bit(make_toys, take_way, dtype):
+    take_way("held")
+    parts, session = make_toys(dtype)
     session.set(by_hand([("move", 1.0, 0.0)]))
     others, key = weights(parts["unet"]), session.applied_key
     session.set(prompt("<lora:move:te=1:unet=1@0,0@0.5,0@0.75,1@1>"))
@@ -85,26 +65,26 @@ def test_where_a_curve_is_0_the_weights_are_those_of_the_others_bit_for_bit(make
     assert session.report.moves == 6
 
 
-def test_a_curve_without_others_and_one_whose_layers_can_not_hold_are_exact_bit_for_bit(make, take):
-    take("held")
+def test_a_curve_without_others_and_one_whose_layers_can_not_hold_are_exact_bit_for_bit(make_toys, take_way):
+    take_way("held")
     for name in ("move", *BOUND):
-        parts, session = make()
+        parts, session = make_toys()
         others = "" if name == "move" else "<lora:ink:0.8>"
         session.set(f"{others}<lora:{name}:te=1:unet={CURVE}>")
         for step in range(STEPS):
             session.advance(step, STEPS)
         done = weights(parts["unet"])
         assert session.report.held_bytes == 0
-        again, fresh = make()
+        again, fresh = make_toys()
         fresh.set([("ink", 0.8, 0.8)] * bool(others) + [(name, 1.0, 1.2)])
         assert same(done, weights(again["unet"]))
 
 
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("other", ["ink", *BOUND])
-def test_dense_families_move_beside_any_family(make, take, name, other):
-    take("held")
-    parts, session = make()
+def test_dense_families_move_beside_any_family(make_toys, take_way, name, other):
+    take_way("held")
+    parts, session = make_toys()
     session.set(f"<lora:{other}:0.7><lora:{name}:te=1:unet={CURVE}>")
     for step in range(STEPS):
         session.advance(step, STEPS)
@@ -115,9 +95,9 @@ def test_dense_families_move_beside_any_family(make, take, name, other):
     assert all((moved[key] - exact[key]).abs().max() < 4 * FLOAT_ERROR for key in exact)
 
 
-def test_memory_is_free_after_the_last_move_and_not_before(make, take):
-    take("held")
-    _, session = make()
+def test_memory_is_free_after_the_last_move_and_not_before(make_toys, take_way):
+    take_way("held")
+    _, session = make_toys()
     session.set(prompt("<lora:move:te=1:unet=0@0,1@4,1@9>"))
     held = []
     for step in range(10):
@@ -128,9 +108,9 @@ def test_memory_is_free_after_the_last_move_and_not_before(make, take):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_after_the_first_move_nothing_is_multiplied(make, take, monkeypatch, dtype):
-    take("held")
-    parts, session = make(dtype)
+def test_after_the_first_move_nothing_is_multiplied(make_toys, take_way, monkeypatch, dtype):
+    take_way("held")
+    parts, session = make_toys(dtype)
     base = weights(parts["unet"])
     session.set(prompt())
     session.advance(1, STEPS)
@@ -140,9 +120,9 @@ def test_after_the_first_move_nothing_is_multiplied(make, take, monkeypatch, dty
         check(parts["unet"], base, STRENGTHS | {"move": 0.3 + 0.9 * step / (STEPS - 1)})
 
 
-def test_two_that_move_one_after_the_other_take_turns_in_the_room_for_a_product(make, take):
-    take("held")
-    parts, session = make()
+def test_two_that_move_one_after_the_other_take_turns_in_the_room_for_a_product(make_toys, take_way):
+    take_way("held")
+    parts, session = make_toys()
     base = weights(parts["unet"])
     session.set(prompt("<lora:move:te=1:unet=1@0,0@0.5,0@1><lora:other:te=1:unet=0@0,0@0.5,1@1>"))
     for step in range(9):
@@ -153,9 +133,9 @@ def test_two_that_move_one_after_the_other_take_turns_in_the_room_for_a_product(
 
 
 @pytest.mark.parametrize(("free", "copies"), [(2.0, 2), (1.99, 1), (None, 2)])
-def test_products_are_kept_only_if_memory_for_them_and_the_sums_is_free(make, take, monkeypatch, free, copies):
-    take("held")
-    parts, session = make(torch.bfloat16)
+def test_products_are_kept_only_if_memory_for_them_and_the_sums_is_free(make_toys, take_way, monkeypatch, free, copies):
+    take_way("held")
+    parts, session = make_toys(torch.bfloat16)
     base = weights(parts["unet"])
     monkeypatch.setattr(held, "free_bytes", lambda _: None if free is None else int(free * nbytes(base)))
     session.set(prompt())

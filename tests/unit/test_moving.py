@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -14,34 +12,16 @@ from tests.moving_toys import (
     STRENGTHS,
     by_hand,
     check,
-    make_session,
     prompt,
     same,
     set_by_hand,
     weights,
-    write_loras,
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_loras(tmp_path_factory.mktemp("loras"))
-
-
-@pytest.fixture
-def make(folder):
-    return partial(make_session, folder)
-
-
-@pytest.fixture
-def take(monkeypatch):
-    """Takes one way, whatever it costs: toys are too small for any but the exact one."""
-    return lambda way: monkeypatch.setattr("lib_lora.moving.choose", lambda *_: way)
-
-
-def test_keys_differ_from_step_to_step_and_agree_at_equal_strengths(make, take):
-    take("held")
-    parts, session = make()
+def test_keys_differ_from_step_to_step_and_agree_at_equal_strengths(make_toys, take_way):
+    take_way("held")
+    parts, session = make_toys()
     session.set(prompt("<lora:move:te=1:unet=0.25@0,1.25@0.5,0.25@1>"))
     exact = session.applied_key
     keys, seen = [], []
@@ -57,10 +37,10 @@ def test_keys_differ_from_step_to_step_and_agree_at_equal_strengths(make, take):
 
 
 @pytest.mark.parametrize("way", ["held", "hooked"])
-def test_after_a_pass_a_set_is_exact_and_a_restore_gives_the_base(make, take, way):
-    take(way)
-    parts, session = make(torch.bfloat16)
-    base, wanted = weights(parts["unet"]), set_by_hand(make, torch.bfloat16, [("move", 1.0, 0.75)])
+def test_after_a_pass_a_set_is_exact_and_a_restore_gives_the_base(make_toys, take_way, way):
+    take_way(way)
+    parts, session = make_toys(torch.bfloat16)
+    base, wanted = weights(parts["unet"]), set_by_hand(make_toys, torch.bfloat16, [("move", 1.0, 0.75)])
     for end in (lambda: session.set(by_hand([("move", 1.0, 0.75)])), session.clear, session.unload):
         session.set(prompt())
         for step in range(3):
@@ -72,10 +52,10 @@ def test_after_a_pass_a_set_is_exact_and_a_restore_gives_the_base(make, take, wa
         assert same(weights(parts["unet"]), wanted if session.active else base)
 
 
-def test_text_encoders_stay_as_the_prompt_was_encoded(make, take):
+def test_text_encoders_stay_as_the_prompt_was_encoded(make_toys, take_way):
     for way in ("held", "hooked", "exact"):
-        take(way)
-        parts, session = make()
+        take_way(way)
+        parts, session = make_toys()
         session.set(prompt())
         encoded = weights(parts["te1"])
         for step in range(STEPS):
@@ -84,19 +64,19 @@ def test_text_encoders_stay_as_the_prompt_was_encoded(make, take):
 
 
 @pytest.mark.parametrize("arguments", ["1:start=2", "1:stop=2", "1:step=1-4"])
-def test_on_and_off_are_a_switch_by_hand_bit_for_bit(make, take, arguments):
-    take("held")
-    parts, session = make(torch.bfloat16)
+def test_on_and_off_are_a_switch_by_hand_bit_for_bit(make_toys, take_way, arguments):
+    take_way("held")
+    parts, session = make_toys(torch.bfloat16)
     session.set(prompt(f"<lora:move:{arguments}>"))
     for step in range(STEPS):
         session.advance(step, STEPS)
         lora = session._loras[-1].scale
-        assert same(weights(parts["unet"]), set_by_hand(make, torch.bfloat16, [("move", 1.0, lora.unet)]))
+        assert same(weights(parts["unet"]), set_by_hand(make_toys, torch.bfloat16, [("move", 1.0, lora.unet)]))
 
 
-def test_another_lora_that_starts_within_a_curve_joins_the_held_sum(make, take):
-    take("held")
-    parts, session = make()
+def test_another_lora_that_starts_within_a_curve_joins_the_held_sum(make_toys, take_way):
+    take_way("held")
+    parts, session = make_toys()
     base = weights(parts["unet"])
     session.set(prompt(f"<lora:move:te=1:unet={CURVE}><lora:other:1:start=3>"))
     for step in range(STEPS):
@@ -109,9 +89,9 @@ def test_another_lora_that_starts_within_a_curve_joins_the_held_sum(make, take):
     ]
 
 
-def test_a_hooked_lora_is_no_part_of_the_weights_and_its_output_is_that_of_a_set(make, take):
-    take("hooked")
-    parts, session = make()
+def test_a_hooked_lora_is_no_part_of_the_weights_and_its_output_is_that_of_a_set(make_toys, take_way):
+    take_way("hooked")
+    parts, session = make_toys()
     x = torch.randn(3, IN, generator=torch.Generator().manual_seed(3))
     session.set(prompt("<lora:move:te=1:unet=0@0,1@0.4,0@0.8>"))
     others, outputs = weights(parts["unet"]), []
@@ -125,11 +105,11 @@ def test_a_hooked_lora_is_no_part_of_the_weights_and_its_output_is_that_of_a_set
         torch.testing.assert_close(outputs[step], parts["unet"](x), atol=4e-6, rtol=1e-5)
 
 
-def test_nothing_is_hooked_unless_the_caller_may(make, monkeypatch):
+def test_nothing_is_hooked_unless_the_caller_may(make_toys, monkeypatch):
     asked = []
     monkeypatch.setattr("lib_lora.moving.choose", lambda movement, _: asked.append(movement.can_hook) or "exact")
     for may in (False, True):
-        _, session = make()
+        _, session = make_toys()
         session.may_hook = may
         session.set(prompt())
         session.advance(1, STEPS)
@@ -137,9 +117,9 @@ def test_nothing_is_hooked_unless_the_caller_may(make, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"compat": "a1111"}, {"mode": "hook"}])
-def test_the_webuis_rounding_and_hook_mode_have_one_way(make, monkeypatch, options):
+def test_the_webuis_rounding_and_hook_mode_have_one_way(make_toys, monkeypatch, options):
     monkeypatch.setattr("lib_lora.moving.choose", lambda *_: pytest.fail("there is nothing to choose"))
-    parts, session = make(torch.bfloat16, **options)
+    parts, session = make_toys(torch.bfloat16, **options)
     session.set(prompt())
     session.advance(STEPS - 1, STEPS)
-    assert same(weights(parts["unet"]), set_by_hand(make, torch.bfloat16, [("move", 1.0, 1.2)], **options))
+    assert same(weights(parts["unet"]), set_by_hand(make_toys, torch.bfloat16, [("move", 1.0, 1.2)], **options))
