@@ -217,3 +217,11 @@ def test_what_a_subset_says_otherwise_is_known_of_its_pictures(folders):
     }
     whole = open_dataset(DataOptions(train_data_dir=folders))
     assert whole.own_options(whole.pictures[0]) == {}
+
+
+def test_folders_beside_it_are_not_read_as_with_kohya(folders):
+    dataset = opened(folders, TWO, train_data_dir=folders, reg_data_dir=folders / "old")
+    assert dataset.report.notes[0] == "dataset_config is read in place of train_data_dir and reg_data_dir"
+    assert Counter(one.path.parent.name for one in dataset.pictures) == {"cats": 3, "old": 5, "dogs": 4}
+    with pytest.raises(JobError, match="num_class_images is for reg_data_dir, which is not read"):
+        opened(folders, TWO, reg_data_dir=folders / "old", num_class_images=3, class_prompt="a cat")

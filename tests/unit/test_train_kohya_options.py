@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 
 from lib_lora.errors import JobError
+from lib_lora.train.encoders import Encoders
 from lib_lora.train.kohya_options import NAMES, NO_EFFECT, REFUSED
 from lib_lora.train.option_values import read_toml
 from lib_lora.train.options import TrainOptions
@@ -220,3 +225,17 @@ def test_of_rates_of_several_text_encoders_the_first_counts():
     assert options.optimizer.text_encoder_lr == 1e-5
     assert "first text_encoder_lr, 1e-05" in options.notes[0]
     assert TrainOptions.of({"text_encoder_lr": []}).optimizer.text_encoder_lr is None
+
+
+@pytest.mark.parametrize("layer", [None, 1, 2])
+def test_for_sdxl_the_gui_writes_a_clip_skip_that_means_nothing(layer):
+    encode_with(layer)
+    with pytest.raises(JobError, match="clip_skip 3 is for SD1 and SD2; SDXL reads the last layer but one"):
+        encode_with(3)
+
+
+def encode_with(clip_skip: int | None) -> None:
+    vae: Any = torch.nn.Linear(1, 1)
+    vae.config, vae.dtype = SimpleNamespace(scaling_factor=1.0), torch.float32
+    model: Any = SimpleNamespace(is_sdxl=True, vae=vae, text_encoders=())
+    Encoders(model, TrainOptions.of({"clip_skip": clip_skip}), torch.device("cpu"), trains_text=False)

@@ -199,6 +199,9 @@ class DataOptions:
             "num_class_images needs class_prompt, from which the pictures are drawn": (
                 self.num_class_images > 0 and not self.class_prompt.strip()
             ),
+            "num_class_images is for reg_data_dir, which is not read beside dataset_config; leave one of both out": (
+                self.num_class_images > 0 and self.dataset_config is not None
+            ),
             "num_class_images needs reg_data_dir, the folder of these pictures": (
                 self.num_class_images > 0 and self.reg_data_dir is None
             ),

@@ -103,8 +103,9 @@ def read_sources(options: DataOptions) -> tuple[list[Source], list[str]]:
 
 
 def _read_config(path: Path, options: DataOptions) -> tuple[list[Source], list[str]]:
+    unread = [name for name in ("train_data_dir", "in_json", "reg_data_dir") if getattr(options, name) is not None]
     sources: list[Source] = []
-    notes: dict[str, None] = {}
+    notes = dict.fromkeys([f"dataset_config is read in place of {' and '.join(unread)}"] if unread else ())
     for where, group, given in _subsets(path):
         try:
             source, more = _source(given, options, group)
