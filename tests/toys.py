@@ -76,6 +76,18 @@ def text_encoder(width: int = 32, layers: int = 3) -> nn.Module:
     return CLIPTextModel(config).eval().requires_grad_(False)
 
 
+def tiny_sd1() -> tuple[nn.Module, nn.Module]:
+    """UNet and text encoder, the same each time."""
+    torch.manual_seed(0)
+    return sd1_unet(), text_encoder()
+
+
+def sd1_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """(2 latents, their times, what the text encoder said of 9 tokens) for `sd1_unet`, the same each time."""
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(2, 4, 8, 8, generator=draw), torch.tensor([5, 900]), torch.randn(2, 9, 32, generator=draw)
+
+
 def lierla(keymap: Iterable) -> list:
     """Linear and 1x1 layers inside transformers, as kohya's LierLa trains them."""
     return [layer for layer in keymap if is_lierla(layer)]

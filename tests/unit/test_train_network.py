@@ -10,7 +10,7 @@ from torch import nn
 
 from lib_lora.train.create_network import create_network
 from lib_lora.train.network_options import NetworkOptions
-from tests.toys import digest, sd1_unet, sdxl_unet, text_encoder
+from tests.toys import digest, sdxl_unet, text_encoder, tiny_sd1
 
 STEP_ERROR = 1e-5  # of a weight, float32, after three steps
 CHECKPOINT_ERROR = 1e-6
@@ -23,8 +23,7 @@ DROPOUTS = {"network_dropout": 0.3, "rank_dropout": 0.3, "module_dropout": 0.3}
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return sd1_unet(), text_encoder()
+    return tiny_sd1()
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from lib_lora.tools.convert import convert_lora
 from lib_lora.train.create_network import create_network
 from lib_lora.train.network_file import network_tensors, save_network
 from lib_lora.train.network_options import NetworkOptions
-from tests.toys import sd1_unet, sdxl_unet, text_encoder
+from tests.toys import sd1_inputs, sd1_unet, sdxl_unet, text_encoder, tiny_sd1
 
 DEMO = Path(lib_lora.__file__).parent / "hosts" / "standalone" / "demo"
 FUSED_ERROR = 1e-5
@@ -28,14 +28,12 @@ EFFECT_ERROR = 1e-6
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return sd1_unet(), text_encoder()
+    return tiny_sd1()
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    draw = torch.Generator().manual_seed(1)
-    return torch.randn(2, 4, 8, 8, generator=draw), torch.tensor([5, 900]), torch.randn(2, 9, 32, generator=draw)
+    return sd1_inputs()
 
 
 def network_of(model, seed: int = 0, **options):

@@ -13,7 +13,7 @@ from lib_lora.train.adapters import Dropouts, DyloraLayer, LoraLayer, Units
 from lib_lora.train.create_network import create_network
 from lib_lora.train.network_file import network_tensors, save_network
 from lib_lora.train.network_options import NetworkOptions
-from tests.toys import sd1_unet, text_encoder
+from tests.toys import sd1_inputs, tiny_sd1
 
 EXACT = 1e-12  # float64
 FLOAT_ERROR = 1e-6
@@ -104,14 +104,12 @@ def test_alpha_0_stands_for_the_rank():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return sd1_unet(), text_encoder()
+    return tiny_sd1()
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    draw = torch.Generator().manual_seed(1)
-    return torch.randn(2, 4, 8, 8, generator=draw), torch.tensor([5, 900]), torch.randn(2, 9, 32, generator=draw)
+    return sd1_inputs()
 
 
 def dylora(model, **options):
