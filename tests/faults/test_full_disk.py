@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from small_disks import NAMESPACE, can_mount
 
 ROOT = Path(__file__).parents[2]
-NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 
 SAVER = """
 import json, shutil, subprocess, sys
@@ -44,13 +43,6 @@ print(json.dumps({
     "free": real(folder).free,
 }))
 """
-
-
-def can_mount() -> bool:
-    if shutil.which("unshare") is None:
-        return False
-    probe = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    return subprocess.run(probe, capture_output=True, check=False).returncode == 0  # noqa: S603
 
 
 @pytest.mark.skipif(not can_mount(), reason="this system lets no process mount a small disk of its own")
