@@ -11,6 +11,7 @@ from lib_lora.report import SessionReport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from PIL.Image import Image
@@ -146,6 +147,10 @@ class Host(Protocol):
         Raises:
             ModelError: If it can not be loaded; the former one stays.
         """
+        ...
+
+    def without_model(self) -> AbstractContextManager[None]:
+        """Inside of it the model that draws leaves the GPU's memory to others, and nothing is drawn."""
         ...
 
     def keymap(self) -> KeyMap | None:

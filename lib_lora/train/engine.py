@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +55,11 @@ def frozen_dtype(run: RunOptions) -> torch.dtype:
 
 
 def keep_fewer_activations(unet: Any, text_encoders: Iterable[Any], *, on: bool = True) -> None:
-    """Switch gradient checkpointing, without reentrance, so that inputs need no gradients."""
+    """Switch gradient checkpointing, without reentrance, so that inputs need no gradients.
+
+    Before transformers 4.35, which the WebUI has, text encoders know the other kind alone: they keep all activations,
+    which are few.
+    """
     if on:
         unet.enable_gradient_checkpointing()
     else:
@@ -62,11 +67,11 @@ def keep_fewer_activations(unet: Any, text_encoders: Iterable[Any], *, on: bool 
     for encoder in text_encoders:
         # transformers renamed it in version 5
         old = "gradient_checkpointing" if not hasattr(encoder, "activation_checkpointing_enable") else ""
-        kind = old or "activation_checkpointing"
-        if on:
-            getattr(encoder, f"{kind}_enable")({"use_reentrant": False})
-        else:
-            getattr(encoder, f"{kind}_disable")()
+        switch = getattr(encoder, f"{old or 'activation_checkpointing'}_{'enable' if on else 'disable'}")
+        if not on:
+            switch()
+        elif inspect.signature(switch).parameters:
+            switch({"use_reentrant": False})
 
 
 def agreed(accelerator: Any, wish: Wish) -> Wish:

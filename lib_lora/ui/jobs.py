@@ -36,6 +36,7 @@ class JobState(Generic[T]):
         done: Of `total`.
         total: 0 as long as it is not known.
         seconds: Since it began.
+        since: Of these had passed when it began to count to `total`.
         result: Of one that is ``done``.
         reason: Why it was ``refused``.
     """
@@ -45,13 +46,15 @@ class JobState(Generic[T]):
     done: int = 0
     total: int = 0
     seconds: float = 0.0
+    since: float = 0.0
     result: T | None = None
     reason: str = ""
 
     @property
     def seconds_left(self) -> float | None:
         """Until its end, if it goes on as until now; None if that can not be said."""
-        return self.seconds * (self.total - self.done) / self.done if self.done and self.total else None
+        counted = self.seconds - self.since
+        return counted * (self.total - self.done) / self.done if self.done and self.total else None
 
 
 class Jobs:
@@ -173,7 +176,9 @@ class Job(Generic[T]):
     def _told(self, done: int, total: int) -> None:
         if self.is_cancelled:
             raise CancelledError("cancelled")
-        self._state = replace(self._state, done=done, total=total)
+        begins = total != self._state.total or done < self._state.done
+        since = time.monotonic() - self._started if begins else self._state.since
+        self._state = replace(self._state, done=done, total=total, since=since)
 
 
 class Slot:

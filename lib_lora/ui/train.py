@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from lib_lora.hosts.guard import attempt, sentence
+from lib_lora.hosts.standalone.libraries import install_command, missing_to_train
 from lib_lora.train.option_values import read_toml
 from lib_lora.ui.markup import duration, message
 from lib_lora.ui.train_form import (
@@ -24,7 +26,7 @@ from lib_lora.ui.train_form import (
     training_folder,
 )
 from lib_lora.ui.train_panel import loss_panel, made_panel, preview_panel, running_line
-from lib_lora.ui.train_run import Made, Preview, Watch, missing_libraries, preview, train_plan
+from lib_lora.ui.train_run import Made, Preview, Watch, preview, train_plan
 from lib_lora.ui.versions import listen, uploaded
 
 if TYPE_CHECKING:
@@ -34,10 +36,12 @@ if TYPE_CHECKING:
     from lib_lora.core.saving import Progress
     from lib_lora.ui.jobs import JobState
     from lib_lora.ui.page import Page
+    from lib_lora.ui.texts import Texts
     from lib_lora.ui.workshop_forms import Field
 
     Work = Callable[..., Preview | Made]
 
+PANEL = "#prefuse-train-panel"
 OPEN = ("network", "course")
 """Sections that are open at first."""
 FREE = ("optimizer_type", "lr_scheduler")
@@ -52,6 +56,8 @@ NARROW, WIDE, WIDEST = 130, 280, 400
 """Least width of a control in pixels."""
 MOST_LINES = 12
 LINES = {"further": 4, "sample_prompts": 3}
+IF_EMPTY = {"max_train_epochs": "train.by_steps", "unet_lr": "train.same", "text_encoder_lr": "train.same"}
+"""What stands in a field that is empty."""
 PLOT_SECONDS = 2.0
 """Between two drawings of the losses."""
 SHOWN_SAMPLES = 24
@@ -63,6 +69,11 @@ def build(page: Page) -> None:
     """Put the sub-tab on the page that is being made."""
     with page.sub_tab("tab.train") as tab:
         Sheet(page).connect(tab)
+
+
+def try_script(texts: Texts) -> str:
+    """A function of the browser that puts the tag of what was made into the prompt, and goes there."""
+    return f"() => {{ window.prefuseTry({json.dumps(PANEL)}, {json.dumps(texts('tab.generate'))}); return []; }}"
 
 
 class Sheet:
@@ -85,6 +96,9 @@ class Sheet:
         with gr.Row():
             controls["model"] = page.choice("train.model", lambda: [*page.host.models()], value=_first_model(page))
             controls["pictures"] = page.choice("train.pictures", lambda: [*picture_folders(page.host)])
+        with gr.Row():
+            controls["name"] = page.add(gr.Textbox, "train.name", max_lines=1, value="")
+            self._replace = page.add(gr.Checkbox, "train.replace", value=False)
         for section, fields in FIELDS.items():
             with gr.Accordion(page.texts(f"train.section.{section}"), open=section in OPEN):
                 with gr.Row():
@@ -94,9 +108,6 @@ class Sheet:
                         controls[name] = page.choice(key, partial(source, page), value=NONE)
                 # Newest gradio squeezes them in a row.
                 controls |= {field.name: self._field(field) for field in fields if field.kind == "tick"}
-        with gr.Row():
-            controls["name"] = page.add(gr.Textbox, "train.name", max_lines=1, value="")
-            self._replace = page.add(gr.Checkbox, "train.replace", value=False)
         with gr.Row(elem_classes=["prefuse-seed"]):
             self._earlier = page.choice("train.earlier", lambda: [*earlier(page.host)])
             self._read = page.add(gr.UploadButton, "train.read", size="sm", file_types=[".toml"])
@@ -114,8 +125,9 @@ class Sheet:
         if field.kind == "text":
             lines = LINES.get(field.name, 1)
             options |= {"lines": lines, "max_lines": MOST_LINES * (lines > 1) or 1}
+            options["placeholder"] = self._page.texts(IF_EMPTY[field.name]) if field.name in IF_EMPTY else ""
         if field in LONG:
-            options["min_width"] = WIDE
+            options["min_width"] = WIDEST if field.name in LINES else WIDE
         return self._page.add(kind, f"train.{field.name}", **options)
 
     def _answer(self) -> None:
@@ -130,6 +142,7 @@ class Sheet:
             )
         self._status = gr.HTML(elem_id="prefuse-train-status")
         self._line = gr.HTML(elem_id="prefuse-train-line")
+        self._try = add(gr.Button, "train.try", visible=False)
         self._panel = gr.HTML(elem_id="prefuse-train-panel")
         self._plot = gr.HTML(elem_id="prefuse-train-plot")
         self._samples = add(gr.Gallery, "train.samples", columns=4, object_fit="contain", height="auto", visible=False)
@@ -141,7 +154,7 @@ class Sheet:
 
     @property
     def _outputs(self) -> list[Any]:
-        return [self._status, self._line, self._plot, self._panel, self._samples]
+        return [self._status, self._line, self._try, self._plot, self._panel, self._samples]
 
     def connect(self, tab: Any) -> None:
         """Say what happens when.
@@ -164,6 +177,7 @@ class Sheet:
         listen(self._pause.click, partial(self._wish, Watch.toggle_pause), quick=True)
         listen(self._stop.click, partial(self._wish, Watch.stop), quick=True)
         listen(self._cancel.click, self._slot.cancel, quick=True)
+        listen(self._try.click, None, js=try_script(self._page.texts))
         shown = [self._controls[field.name] for field in SOMETIMES]
         listen(self._controls["type"].change, _counting, [self._controls["type"]], shown, quick=True)
         filled = [self._status, *controls]
@@ -186,6 +200,7 @@ class Sheet:
         """How the trainings of this form go, for the page that asked last."""
         mine = self._newest = object()
         view = _View(self._page)
+        yield (gr.update(),) * len(self._outputs)  # gradio 3 empties the outputs of a generator that gives nothing
         for state in self._slot.follow():
             if self._newest is not mine:
                 return
@@ -214,9 +229,10 @@ class _View:
     def __init__(self, page: Page) -> None:
         self._page = page
         self._drawn_at, self._losses, self._samples = -PLOT_SECONDS, -1, -1
+        self._can_try: bool | None = None
 
     def updates(self, watch: Watch, state: JobState[Any]) -> tuple[Any, ...]:
-        """The line, the plot, the panel and the pictures; those that are as they were are left."""
+        """The line, the button, the plot, the panel and the pictures; those that are as they were are left."""
         texts, ended = self._page.texts, state.phase not in ("waiting", "running")
         line = running_line(texts, watch) if state.phase == "running" else ""
         panel = "" if line and watch.losses else gr.update()
@@ -224,7 +240,15 @@ class _View:
             panel = preview_panel(texts, state.result)
         elif isinstance(state.result, Made):
             panel = made_panel(texts, state.result)
-        return line, self._plot(watch, ended=ended), panel, self._pictures(watch)
+        return line, self._button(state), self._plot(watch, ended=ended), panel, self._pictures(watch)
+
+    def _button(self, state: JobState[Any]) -> Any:
+        """That which tries what was made."""
+        can_try = isinstance(state.result, Made) and bool(state.result.name)
+        if can_try == self._can_try:
+            return gr.update()
+        self._can_try = can_try
+        return gr.update(visible=can_try, value=self._page.texts("train.try"))
 
     def _plot(self, watch: Watch, *, ended: bool) -> Any:
         now, count = time.monotonic(), len(watch.losses)
@@ -255,6 +279,8 @@ def _first_model(page: Page) -> str | None:
 
 def _welcome(page: Page) -> str:
     """Where pictures are looked for, and what is missing."""
-    missing = missing_libraries()
     lines = message(page.texts("train.where", folder=training_folder(page.host)))
-    return lines + message(page.texts("train.missing", names=", ".join(missing)) if missing else "", "refused")
+    if missing := missing_to_train():
+        values = {"names": ", ".join(missing), "command": install_command(missing)}
+        lines += message(page.texts("train.missing", **values), "refused")
+    return lines

@@ -106,6 +106,12 @@ class Plan:
     target: Path
 
     @property
+    def model(self) -> Path:
+        """The checkpoint file or folder that is trained on."""
+        named = self.settings["pretrained_model_name_or_path"]
+        return MODEL_DIR if named == DEMO else Path(named)
+
+    @property
     def configuration(self) -> Path:
         """The file that tells the command line, and the page later, of this training."""
         return output_path(self.folder, self.name, ".toml")

@@ -33,6 +33,8 @@ def preview_panel(texts: Texts, found: Preview) -> str:
         parts.append(f"<h4>{escape(texts('train.skipped', count=len(report.skipped)))}</h4>")
         parts.append(pairs((one.name, one.reason) for one in report.skipped[:MOST_ROWS]))
     parts += [message(note) for note in report.notes]
+    if found.disk.needed > found.disk.free:
+        parts.append(message(texts("train.short"), "refused"))
     parts.append(folded(texts("train.configuration"), copyable(texts, found.plan.toml())))
     return f'<div class="prefuse-outcome">{"".join(parts)}</div>'
 
@@ -41,8 +43,8 @@ def running_line(texts: Texts, watch: Watch) -> str:
     """Step, loss, rates, speed and memory; before the first step, what is done."""
     now = watch.now
     if now is None:
-        return message(watch.phase)
-    rates = " / ".join(dict.fromkeys(f"{rate:.2e}" for rate in now.rates.values()))
+        return message(watch.phase.capitalize())
+    rates = " / ".join(dict.fromkeys(f"{rate:.3g}" for rate in now.rates.values()))
     values = {"step": now.step, "steps": now.steps, "epoch": now.epoch, "loss": f"{now.mean_loss:.4f}", "rates": rates}
     values |= {"speed": f"{now.steps_per_second:.2f}", "memory": f"{now.memory_bytes / GIBIBYTE:.1f}"}
     waits = {Wish.PAUSE: "train.paused", Wish.STOP: "train.stopping"}
@@ -60,7 +62,8 @@ def made_panel(texts: Texts, made: Made) -> str:
     """The tag to try it with, where it is, and what the training did."""
     outcome = made.outcome
     tag = copyable(texts, f"<lora:{writable_name(made.name)}:1>") if made.name else ""
-    parts = [f'<h4 class="prefuse-written">{escape(texts("train.made"))}</h4>', tag]
+    title = texts("train.saved" if outcome.stopped else "train.made")
+    parts = [f'<h4 class="prefuse-written">{escape(title)}</h4>', tag]
     parts += [message(note) for note in outcome.notes]
     facts = [
         (texts("outcome.path"), made.path),
@@ -81,7 +84,9 @@ def _facts(texts: Texts, found: Preview) -> Iterator[tuple[str, object]]:
     yield texts("train.buckets"), _buckets(texts, report)
     yield texts("train.steps"), texts("train.in_epochs", steps=found.steps, epochs=f"{found.epochs:.4g}")
     yield texts("outcome.path"), found.plan.target
-    yield texts("outcome.disk"), texts("train.free", free=f"{found.free / MEGABYTE:,.1f}")
+    needed, free = (f"{size / MEGABYTE:,.1f}" for size in (found.disk.needed, found.disk.free))
+    key = "train.room" if found.disk.needed else "train.free"
+    yield texts("outcome.disk"), texts(key, needed=needed, free=free)
 
 
 def _buckets(texts: Texts, report: DataReport) -> str:

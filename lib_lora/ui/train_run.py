@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lib_lora.core.checkpoint import model_keymap
 from lib_lora.core.files import map_checkpoint
-from lib_lora.core.saving import check_output, no_progress, save_bytes, save_with_metadata
-from lib_lora.errors import JobError, OutputError
+from lib_lora.core.saving import DiskSpace, check_output, no_progress, output_path, save_bytes, save_with_metadata
+from lib_lora.errors import JobError, OutputError, PrefuseError
+from lib_lora.hosts.standalone.libraries import install_command, missing_to_train
 from lib_lora.train.control import Wish
 from lib_lora.train.data.dataset import open_dataset
 from lib_lora.train.options import TrainOptions
+from lib_lora.train.room import room_needed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,14 +25,12 @@ if TYPE_CHECKING:
 
     from lib_lora.core.saving import Progress
     from lib_lora.hosts.host import Host
+    from lib_lora.train.data.dataset import Dataset
     from lib_lora.train.data.report import DataReport
     from lib_lora.train.outcome import TrainOutcome
     from lib_lora.train.progress import TrainProgress
     from lib_lora.train.samples import Draw, SamplePrompt
     from lib_lora.ui.train_form import Plan
-
-NEEDED = ("diffusers", "transformers", "accelerate")
-"""Libraries that a training runs on; the WebUI has not all of them."""
 
 
 class Sample(NamedTuple):
@@ -54,14 +55,14 @@ class Preview(NamedTuple):
         report: What the picture folder has.
         steps: Of the optimizer.
         epochs: In which each picture is used as often as its folder says.
-        free: Bytes on the disk of the results.
+        disk: Room for the results; nothing is needed where the model's files do not tell.
     """
 
     plan: Plan
     report: DataReport
     steps: int
     epochs: float
-    free: int
+    disk: DiskSpace
 
 
 class Made(NamedTuple):
@@ -143,11 +144,6 @@ class Watch:
         return keep
 
 
-def missing_libraries() -> list[str]:
-    """What a training needs and this Python does not have."""
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
-
-
 def preview(plan: Plan, progress: Progress) -> Preview:
     """Read the pictures, and count.
 
@@ -159,9 +155,15 @@ def preview(plan: Plan, progress: Progress) -> Preview:
     accumulated, epochs = options.optimizer.gradient_accumulation_steps, options.run.max_train_epochs
     batches = dataset.order().batches_per_epoch
     steps = options.run.max_train_steps if epochs is None else math.ceil(epochs * batches / accumulated)
+    return Preview(plan, report, steps, steps * accumulated / batches, _disk(plan, dataset, steps))
+
+
+def _disk(plan: Plan, dataset: Dataset, steps: int) -> DiskSpace:
     there = next(folder for folder in (plan.folder, *plan.folder.parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    return Preview(plan, report, steps, steps * accumulated / batches, free)
+    needed = 0
+    with suppress(PrefuseError):  # a pickle does not tell its layers
+        needed = room_needed(dataset, model_keymap(plan.model), plan.options, steps)
+    return DiskSpace(needed, shutil.disk_usage(there).free)
 
 
 def train_plan(host: Host, plan: Plan, watch: Watch, progress: Progress, *, replace: bool, resume: bool) -> Made:
@@ -180,9 +182,9 @@ def train_plan(host: Host, plan: Plan, watch: Watch, progress: Progress, *, repl
     """
     watch.begin(progress)
     overwrite = replace or resume
-    for folder in (plan.folder, plan.target.parent):
-        _made(folder)
-    check_output(plan.target, overwrite=overwrite)
+    for path in (output_path(plan.folder, plan.name), plan.target):
+        _made(path.parent)
+        check_output(path, overwrite=overwrite)
     outcome = _train(host, _options(plan, replace=replace, resume=resume), watch)
     source = outcome.paths[0]
     save_with_metadata(source, plan.target, map_checkpoint(source).header.metadata, overwrite=overwrite)
@@ -201,19 +203,19 @@ def _options(plan: Plan, *, replace: bool, resume: bool) -> TrainOptions:
 
 def _train(host: Host, options: TrainOptions, watch: Watch) -> Any:
     """With our own pipelines, whatever draws the host's pictures."""
-    if missing := missing_libraries():
-        raise JobError(
-            f"not installed here and needed to train: {', '.join(missing)}; "
-            "install that, or train with: python run.py serve"
-        )
+    if missing := missing_to_train():
+        command = install_command(missing)
+        raise JobError(f"not installed here and needed to train: {', '.join(missing)}; install with: {command}")
     from lib_lora.hosts.standalone.training import load_model, model_to_train, picture_drawer
     from lib_lora.train.trainer import train
 
-    watch.bar("loading the model")
-    loaded = load_model(options.model)
-    draw = watch.keeping(picture_drawer(loaded, host.catalog.folders))
-    model = model_to_train(loaded, options.model)
-    return train(model, options, progress=watch.listen, wishes=watch.asked, draw_picture=draw, bars=watch.bar)
+    watch.bar("waiting for the GPU")
+    with host.without_model():
+        watch.bar("loading the model")
+        loaded = load_model(options.model)
+        draw = watch.keeping(picture_drawer(loaded, host.catalog.folders))
+        model = model_to_train(loaded, options.model)
+        return train(model, options, progress=watch.listen, wishes=watch.asked, draw_picture=draw, bars=watch.bar)
 
 
 def _made(folder: Path) -> None:

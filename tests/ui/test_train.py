@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from lib_lora.core.files import read_lora_file
-from lib_lora.ui.train_run import missing_libraries
+from lib_lora.hosts.standalone.libraries import missing_to_train
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,13 +62,7 @@ def test_a_name_that_is_none_is_refused(train: PageDriver) -> None:
     train.wait(says(STATUS, "not a plain file name"))
 
 
-@pytest.mark.skipif(not missing_libraries(), reason="a training can run here")
-def test_where_a_library_is_missing_the_page_says_so(train: PageDriver) -> None:
-    assert "python run.py serve" in train.text("#prefuse-tab-train")
-    assert "python run.py serve" in train.job("train.start", STATUS)
-
-
-@pytest.mark.skipif(bool(missing_libraries()), reason=f"a training needs {', '.join(missing_libraries())}")
+@pytest.mark.skipif(bool(missing_to_train()), reason=f"a training needs {', '.join(missing_to_train())}")
 def test_a_training_is_watched_left_stopped_and_gone_on_with(train: PageDriver, server: PageServer) -> None:
     train.click("train.start")
     train.wait(says(LINE, f"Step \\d+ of {STEPS}.*steps.s"), 120)
@@ -82,6 +76,9 @@ def test_a_training_is_watched_left_stopped_and_gone_on_with(train: PageDriver, 
     train.click("train.stop")
     assert train.job_end(STATUS).startswith("Done in")
     assert train.wait(f"document.querySelector('{PANEL} .prefuse-copy')?.dataset.text") == "<lora:circles:1>"
+    train.click("train.try")
+    train.wait("document.querySelector('#prefuse-generate-prompt textarea')?.value === '<lora:circles:1>'")
+    train.sub_tab("Train")
     first = read_lora_file(server.loras / "circles.safetensors").metadata
     train.choose("train.earlier", "circles")
     train.wait("document.querySelector('#prefuse-train-pictures input').value === 'circles'")

@@ -74,7 +74,28 @@ def test_a_job_says_how_far_it_is_and_how_long_it_will_take(jobs):
     state = job.state()
     assert state.phase == "running"
     assert 0 < state.done < state.total == STEPS
-    assert state.seconds_left == pytest.approx(state.seconds * (STEPS - state.done) / state.done)
+    assert state.since < state.seconds / 2
+    assert state.seconds_left == pytest.approx((state.seconds - state.since) * (STEPS - state.done) / state.done)
+
+
+def test_what_a_job_did_before_it_began_to_count_anew_is_not_foretold_again(jobs):
+    go = threading.Event()
+
+    def work(progress: Progress) -> None:
+        progress(0, STEPS)
+        time.sleep(20 * STEP_SECONDS)
+        progress(0, 2 * STEPS)
+        progress(STEPS, 2 * STEPS)
+        go.wait(PATIENCE_SECONDS)
+
+    job = jobs.start(work)
+    end = time.monotonic() + PATIENCE_SECONDS
+    while job.state().done < STEPS and time.monotonic() < end:
+        time.sleep(STEP_SECONDS)
+    state = job.state()
+    go.set()
+    assert state.seconds_left is not None
+    assert state.seconds_left < 10 * STEP_SECONDS < state.seconds
 
 
 def test_of_a_job_that_has_not_said_how_far_it_is_no_end_is_foretold(jobs):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
+import sys
 from contextlib import suppress
 from html import unescape
 from typing import TYPE_CHECKING, Any
@@ -11,21 +13,22 @@ import pytest
 from train_runs import SIDE, tiny_folder, write_pictures
 
 from lib_lora.core.files import read_lora_file
-from lib_lora.core.saving import no_progress
-from lib_lora.errors import JobError, OutputError, PrefuseError, TrainError, UnsafePathError
+from lib_lora.core.saving import DiskSpace, no_progress
+from lib_lora.errors import JobError, ModelError, OutputError, PrefuseError, TrainError, UnsafePathError
 from lib_lora.hosts.standalone.host import StandaloneHost
+from lib_lora.hosts.standalone.libraries import TO_TRAIN, diffusers_class, install_command, missing_to_train
 from lib_lora.train.control import Wish
 from lib_lora.train.option_values import parse_toml, read_toml
 from lib_lora.ui.jobs import CancelledError
 from lib_lora.ui.texts import Texts
 from lib_lora.ui.train_form import ANSWERED, ASKED, CHOSEN, answers_of, earlier, picture_folders, plan_of
 from lib_lora.ui.train_panel import loss_panel, made_panel, preview_panel, running_line
-from lib_lora.ui.train_run import Watch, missing_libraries, preview, train_plan
+from lib_lora.ui.train_run import Watch, preview, train_plan
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-needs_libraries = pytest.mark.skipif(bool(missing_libraries()), reason="a training did not run: no accelerate")
+needs_libraries = pytest.mark.skipif(bool(missing_to_train()), reason="a training did not run: no accelerate")
 STEPS = 3
 STATES = "save_state_every_n_steps = 2"
 
@@ -144,10 +147,46 @@ def test_only_folders_that_are_not_hidden_can_be_chosen(host):
     assert list(picture_folders(host)) == ["things"]
 
 
-def test_where_a_library_is_missing_a_training_is_refused(host, monkeypatch):
-    monkeypatch.setattr("lib_lora.ui.train_run.missing_libraries", lambda: ["accelerate"])
-    with pytest.raises(JobError, match=re.escape("accelerate; install that, or train with: python run.py serve")):
+def versions(monkeypatch: pytest.MonkeyPatch, **given: str) -> None:
+    """As if these libraries were installed, and none of the others that a training needs."""
+
+    def version(name: str) -> str:
+        if name in given:
+            return given[name]
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("lib_lora.hosts.standalone.libraries.importlib.metadata.version", version)
+
+
+def test_where_a_library_is_missing_or_too_old_a_training_is_refused_and_says_how_to_get_it(host, monkeypatch):
+    versions(monkeypatch, transformers="4.30.2", accelerate="0.21.0")
+    with pytest.raises(JobError, match=re.escape(f"{sys.executable} -m pip install diffusers==0.31.0")):
         train(host)
+    versions(monkeypatch, diffusers="0.14.0", transformers="5.0.0")
+    assert missing_to_train() == ["diffusers", "accelerate"]
+    assert install_command(missing_to_train()).endswith('install "diffusers>=0.31" "accelerate>=0.21"')
+    versions(monkeypatch, **{name: ".".join(map(str, oldest)) for name, oldest in TO_TRAIN.items()})
+    assert missing_to_train() == []
+
+
+def test_a_diffusers_that_does_not_go_with_its_neighbours_is_one_sentence(monkeypatch):
+    class Lazy:
+        def __getattr__(self, name: str) -> None:
+            raise RuntimeError(f"Failed to import {name}:\ncannot import name 'SiglipImageProcessor'")
+
+    monkeypatch.setitem(sys.modules, "diffusers", Lazy())
+    versions(monkeypatch, transformers="4.30.2")
+    with pytest.raises(ModelError, match=r"SiglipImageProcessor.*diffusers==0\.31\.0"):
+        diffusers_class("UNet2DConditionModel")
+
+
+def test_the_disk_is_said_to_be_too_small_before_the_training(host, monkeypatch):
+    plan, words = plan_of(host, answers()), Texts("en")
+    found = preview(plan, no_progress)
+    assert 0 < found.disk.needed < found.disk.free
+    assert words("train.short") not in preview_panel(words, found)
+    short = found._replace(disk=DiskSpace(found.disk.needed, found.disk.needed - 1))
+    assert words("train.short") in preview_panel(words, short)
 
 
 @pytest.mark.newest
@@ -210,7 +249,7 @@ def test_a_pause_is_taken_back_by_a_second_one_and_ended_by_a_stop():
     watch.toggle_pause()
     assert watch.asked() is Wish.STOP
     watch.bar("encoding <pictures>")
-    assert "encoding &lt;pictures&gt;" in running_line(line, watch)
+    assert "Encoding &lt;pictures&gt;" in running_line(line, watch)
     assert loss_panel(line, watch) == ""
 
 

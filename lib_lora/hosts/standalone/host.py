@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from lib_lora.catalog import LoraCatalog
 from lib_lora.compile.choose import OFF
 from lib_lora.compile.protocol import CompileStatus
 from lib_lora.compile.together import CompiledModels
+from lib_lora.core.memory import return_memory
 from lib_lora.core.saving import save_bytes
 from lib_lora.errors import ModelError
 from lib_lora.hosts.host import Picture
@@ -23,7 +25,7 @@ from lib_lora.hosts.standalone.samplers import SAMPLERS
 from lib_lora.presets import PresetFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from lib_lora.core.keymap import KeyMap
     from lib_lora.core.saving import Progress
@@ -115,6 +117,13 @@ class StandaloneHost:
                 if self._loaded is not None:
                     self._loaded[0].handle.release()
                 self._loaded, self._name = opened, name
+
+    @contextmanager
+    def without_model(self) -> Generator[None]:
+        """From its begin on no model is loaded, until the next picture."""
+        self.close()
+        return_memory()
+        yield
 
     def keymap(self) -> KeyMap | None:
         """Layers of the loaded model; None before the first picture."""

@@ -89,6 +89,22 @@ class WebuiHost:
             raise ModelError(f"There is no checkpoint {name!r}; refresh the list.")
         shared.opts.set("sd_model_checkpoint", info.title)  # which waits for its turn by itself
 
+    @contextmanager
+    def without_model(self) -> Generator[None]:
+        """Inside of it the model is in the computer's memory, without LoRAs, and what is to be drawn waits.
+
+        The WebUI's own training lets it wait too.
+        """
+        with call_queue.queue_lock:
+            self._loras().leave()
+            sd_model = sd_models.model_data.sd_model
+            try:
+                sd_models.send_model_to_cpu(sd_model)
+                yield
+            finally:
+                if sd_model is not None:
+                    sd_models.send_model_to_device(sd_model)
+
     def keymap(self) -> KeyMap | None:
         """Layers of the loaded model; None if there is none."""
         sd_model = sd_models.model_data.sd_model

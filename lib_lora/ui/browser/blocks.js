@@ -93,9 +93,9 @@
     }
 
     // Into the prompt of the page or of txt2img; another tag of the same LoRA makes way.
-    function put() {
+    function put(place = "#prefuse-blocks-tag") {
         const prompt = document.querySelector(PROMPTS);
-        const shown = document.querySelector("#prefuse-blocks-tag code");
+        const shown = document.querySelector(`${place} code`);
         if (!prompt || !shown) return;
         const tag = shown.textContent;
         const begin = tag.slice(0, tag.indexOf(":", "<lora:".length) + 1);

@@ -74,6 +74,13 @@
         }
     }
 
+    // A tag goes into the prompt, and the user to where pictures are made: here, or in the WebUI.
+    function tryTag(place, generate) {
+        window.prefuseBlocks.put(place);
+        if (window.switch_to_txt2img) window.switch_to_txt2img();
+        else openTab("#prefuse-tabs", generate);
+    }
+
     // How the model runs is asked for when the page comes into sight, and again and again while it is compiled.
     function look() {
         const page = document.getElementById("prefuse");
@@ -88,6 +95,7 @@
     if (window.prefuseTab) return; // the page was loaded anew
     window.prefuseTab = true;
     window.prefuseBake = bake;
+    window.prefuseTry = tryTag;
     document.addEventListener("pointerover", showHint, true);
     document.addEventListener("focusin", showHint, true);
     document.addEventListener("keydown", onKey, true);
