@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -26,8 +27,7 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """Take the parameters in, which were moved for the `step`-th time."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        for mean, parameter in zip(self._means, self._parameters, strict=True):
-            mean.lerp_(parameter.detach(), 1 - decay)
+        get_ema_multi_avg_fn(decay)(self._means, self._parameters, 0)  # all in a few kernels
 
     @contextmanager
     def applied(self) -> Generator[None]:
