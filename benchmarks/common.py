@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.synthetic import KINDS, MODELS
+from benchmarks.synthetic import KINDS, MODELS, target_weights
 from lib_lora import LoraSession
 from lib_lora.catalog import LoraCatalog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch import nn
+    from diffusers import UNet2DConditionModel
+    from torch import Tensor, nn
 
     from benchmarks.synthetic import LoraSet
 
@@ -235,6 +236,23 @@ def lora_folder() -> Iterator[Path]:
     """A folder for LoRA files that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="prefuse-bench-") as folder:
         yield Path(folder)
+
+
+@dataclass(frozen=True)
+class TwoSets:
+    """One model, and the files of two sets of LoRAs that it is switched between."""
+
+    options: Options
+    dtype: str
+    kind: str
+    folder: Path
+    unet: UNet2DConditionModel
+    sets: tuple[LoraSet, LoraSet]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights both sets touch."""
+        return target_weights(self.unet, self.kind)
 
 
 class Ours:

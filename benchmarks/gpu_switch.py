@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks import synthetic
-from benchmarks.common import DTYPES, Claim, Options, Ours, Report, Table, lora_folder, parse_options, seconds
+from benchmarks.common import DTYPES, Claim, Options, Ours, Report, Table, TwoSets, lora_folder, parse_options, seconds
 from benchmarks.gpu_machine import Rates, file_name, is_missing, on_cuda, versions
 from benchmarks.peers import WebuiAlgorithm
 from benchmarks.timing import Case, Stopwatch, ratio, take_turns
@@ -37,7 +37,6 @@ from lib_lora.core.plan import Scale, make_plan, match_network
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from diffusers import UNet2DConditionModel
     from torch import Tensor
@@ -58,20 +57,8 @@ TIMES_FLOOR, TIMES_TRANSFER, TIMES_WEBUI = 3.0, 1.2, 50.0
 
 
 @dataclass(frozen=True)
-class Bench:
-    """One model that stays as it is, and the files of two sets of LoRAs."""
-
-    options: Options
-    dtype: str
-    kind: str
-    folder: Path
-    unet: UNet2DConditionModel
-    sets: tuple[LoraSet, LoraSet]
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """The weights both sets touch."""
-        return synthetic.target_weights(self.unet, self.kind)
+class Bench(TwoSets):
+    """The model itself stays as it is."""
 
     @property
     def weight_bytes(self) -> int:

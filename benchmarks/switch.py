@@ -18,10 +18,10 @@ from benchmarks import synthetic
 from benchmarks.common import (
     DTYPES,
     Claim,
-    Options,
     Ours,
     Report,
     Table,
+    TwoSets,
     busy_label,
     lora_folder,
     parse_options,
@@ -32,7 +32,6 @@ from benchmarks.timing import Case, Stopwatch, ratio, take_turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from diffusers import UNet2DConditionModel
     from torch import Tensor, nn
@@ -59,21 +58,10 @@ LARGEST_ERROR = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 4e-3}
 
 
 @dataclass(frozen=True)
-class Bench:
-    """One model with the files of two LoRA sets."""
+class Bench(TwoSets):
+    """With what times are taken."""
 
-    options: Options
-    dtype: str
-    kind: str
-    folder: Path
-    unet: UNet2DConditionModel
-    sets: tuple[LoraSet, LoraSet]
     stopwatch: Stopwatch
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """The weights both sets touch."""
-        return synthetic.target_weights(self.unet, self.kind)
 
     def networks(self) -> Networks:
         """The files as the peers keep them: in memory, in the model's dtype."""
