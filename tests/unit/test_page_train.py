@@ -189,7 +189,6 @@ def test_the_disk_is_said_to_be_too_small_before_the_training(host, monkeypatch)
     assert words("train.short") in preview_panel(words, short)
 
 
-@pytest.mark.newest
 @needs_libraries
 def test_a_training_ends_among_the_loras_and_can_be_gone_on_with(host):
     watch, texts = Watch(), Texts("en")
@@ -213,7 +212,6 @@ def test_a_training_ends_among_the_loras_and_can_be_gone_on_with(host):
     assert read_lora_file(made.path).metadata["ss_steps"] == f"{STEPS + 2}"
 
 
-@pytest.mark.newest
 @needs_libraries
 def test_a_training_that_is_stopped_is_saved_and_one_that_is_cancelled_is_not(host, tmp_path):
     watch = Watch()
@@ -232,7 +230,6 @@ def test_a_training_that_is_stopped_is_saved_and_one_that_is_cancelled_is_not(ho
     assert sorted(path.name for path in (tmp_path / "loras").iterdir()) == ["made.safetensors"]
 
 
-@pytest.mark.newest
 @needs_libraries
 def test_there_is_nothing_to_go_on_from_before_the_first_state(host):
     with pytest.raises(TrainError, match="holds no state"):

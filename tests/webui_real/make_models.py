@@ -207,7 +207,7 @@ def _scale(conv: nn.Module, spread: float, seen: Tensor) -> None:
 def _tower() -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tower = CLIPTextModel(CLIPTextConfig(**_clip_config())).eval()
+    tower = CLIPTextModel(CLIPTextConfig(**clip_config())).eval()
     for name, parameter in tower.named_parameters():
         if parameter.ndim == 2:
             parameter.copy_(torch.randn(parameter.shape) * (1.0 if "embedding" in name else parameter.shape[1] ** -0.5))
@@ -216,7 +216,8 @@ def _tower() -> nn.Module:
     return tower
 
 
-def _clip_config() -> dict[str, int]:
+def clip_config() -> dict[str, int]:
+    """Of the text encoder."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": CONTEXT,
@@ -251,7 +252,7 @@ def _write_clip(folder: Path) -> None:
     letters = [_shown(byte) for byte in sorted(range(256), key=lambda byte: (not _printable(byte), byte))]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge.split()) for merge in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    config = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], **_clip_config()}
+    config = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], **clip_config()}
     ends = {"bos_token": tokens[-2], "eos_token": tokens[-1], "unk_token": tokens[-1], "pad_token": tokens[-1]}
     kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **ends}
     files = {
