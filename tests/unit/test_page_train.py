@@ -15,6 +15,7 @@ from train_runs import SIDE, tiny_folder, write_pictures
 from lib_lora.core.files import read_lora_file
 from lib_lora.core.saving import DiskSpace, no_progress
 from lib_lora.errors import JobError, ModelError, OutputError, PrefuseError, TrainError, UnsafePathError
+from lib_lora.hosts.host import GenerateRequest
 from lib_lora.hosts.standalone.host import StandaloneHost
 from lib_lora.hosts.standalone.libraries import TO_TRAIN, diffusers_class, install_command, missing_to_train
 from lib_lora.train.control import Wish
@@ -234,6 +235,18 @@ def test_a_training_that_is_stopped_is_saved_and_one_that_is_cancelled_is_not(ho
 def test_there_is_nothing_to_go_on_from_before_the_first_state(host):
     with pytest.raises(TrainError, match="holds no state"):
         train(host, again="resume")
+
+
+def test_the_model_that_draws_is_let_go_for_a_training_and_loaded_again_for_the_next_picture(host):
+    request = GenerateRequest("a red circle", steps=1, seed=1, width=64, height=64)
+    host.use_model("tiny")
+    (before,) = host.generate(request, no_progress, save=False)
+    with host.without_model():
+        assert host.keymap() is None
+    (after,) = host.generate(request, no_progress, save=False)
+    assert host.model() == "tiny"
+    assert host.keymap() is not None
+    assert after.image.tobytes() == before.image.tobytes()
 
 
 def test_a_pause_is_taken_back_by_a_second_one_and_ended_by_a_stop():
