@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ class TunedUNet:
         for number, encoder in enumerate(model.text_encoders, 1):
             part = folder / ("text_encoder" if number == 1 else f"text_encoder_{number}")
             tensors = {_text_name(name): tensor for name, tensor in encoder.state_dict().items()}
-            self._write_part(part, encoder.config.to_json_string(), "model.safetensors", tensors)
+            self._write_part(part, _text_config(encoder), "model.safetensors", tensors)
         for number, tokenizer in enumerate(model.tokenizers, 1):
             tokenizer.save_pretrained(folder / ("tokenizer" if number == 1 else f"tokenizer_{number}"))
         self._scheduler.save_pretrained(folder / "scheduler")
@@ -119,6 +120,11 @@ def _without_effect(options: NetworkOptions) -> Iterator[str]:
     """A sentence, if some are not as by default."""
     if given := [field.name for field in fields(options) if getattr(options, field.name) != field.default]:
         yield f"no network is trained but the whole UNet: without effect are {', '.join(given)}"
+
+
+def _text_config(encoder: Any) -> str:
+    """With the class that it is, which a model made in memory does not say."""
+    return json.dumps(json.loads(encoder.config.to_json_string()) | {"architectures": [type(encoder).__name__]})
 
 
 def _text_name(name: str) -> str:

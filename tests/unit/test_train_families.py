@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from tiny_pipelines import make_tiny, write_tokenizer
-from train_runs import SIDE, load_tiny, options_for, run, tensors_of, tiny_folder, write_pictures
+from train_runs import SIDE, load_tiny, options_for, run, same, tensors_of, tiny_folder, write_pictures
 from transformers import CLIPTokenizer
 
 from lib_lora.__main__ import main
@@ -40,14 +40,28 @@ def model(tmp_path_factory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("model"))
 
 
-def sdxl(folder: Path) -> TrainModel:
-    parts = make_tiny("sdxl", folder / "configs").parts
+def tiny(family: str, folder: Path) -> TrainModel:
+    """Of SD2 the one that predicts v."""
+    parts = make_tiny(family, folder / "configs").parts
     tokenizer = CLIPTokenizer.from_pretrained(write_tokenizer(folder / "tokenizer"), model_max_length=77)
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear")
-    pipe = StableDiffusionXLPipeline(
-        **parts, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler, add_watermarker=False
-    )
+    prediction = "v_prediction" if family == "sd2" else "epsilon"
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction, clip_sample=False)
+    if family == "sdxl":
+        own = {"tokenizer": tokenizer, "tokenizer_2": tokenizer, "scheduler": scheduler, "add_watermarker": False}
+        pipe = StableDiffusionXLPipeline(**parts, **own)
+    else:
+        own = {"tokenizer": tokenizer, "scheduler": scheduler, "safety_checker": None, "feature_extractor": None}
+        pipe = StableDiffusionPipeline(**parts, **own, requires_safety_checker=False)
     return TrainModel(pipe, "tiny", folder, dict(scheduler.config))
+
+
+def weights(part: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By the names of every version of transformers."""
+    return {name.removeprefix("text_model."): weight for name, weight in part.named_parameters()}
+
+
+def sdxl(folder: Path) -> TrainModel:
+    return tiny("sdxl", folder)
 
 
 def test_sdxl_is_trained_with_both_text_encoders_and_the_sizes_of_pictures(pictures, tmp_path):
@@ -64,15 +78,26 @@ def test_sdxl_is_trained_with_both_text_encoders_and_the_sizes_of_pictures(pictu
         assert file.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
 
 
-def test_a_tuned_unet_of_sdxl_is_a_checkpoint_of_sdxl(pictures, tmp_path):
-    model = sdxl(tmp_path)
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_tuned_unet_is_a_folder_and_a_checkpoint_of_the_same_model(pictures, tmp_path, family):
+    model = tiny(family, tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
     outcome = train(model, options_for(pictures, tmp_path / "out", full=True, max_train_steps=1))
     folder, file = outcome.paths
-    assert load_pipeline(folder, "cpu", "fp32").pipe.text_encoder_2.config.projection_dim == 8
-    tokenizer = tmp_path / "tokenizer"
-    single = load_pipeline(file, "cpu", "fp32", tokenizer=tokenizer, config=folder).pipe
-    trained = dict(model.unet.state_dict())
-    assert all(torch.equal(tensor, trained[name]) for name, tensor in single.unet.state_dict().items())
+    whole = load_pipeline(folder, "cpu", "fp32")
+    prediction = "v" if family == "sd2" else "epsilon"
+    given = {"tokenizer": tmp_path / "tokenizer", "config": folder, "prediction": prediction}
+    single = load_pipeline(file, "cpu", "fp32", **given)
+    assert whole.scheduler["prediction_type"].startswith(prediction)
+    names = ("unet", "vae", "text_encoder", "text_encoder_2")
+    parts = {name: part for name in names if (part := getattr(model.pipe, name, None)) is not None}
+    assert len(parts) == (4 if family == "sdxl" else 3)
+    for name, part in parts.items():
+        for loaded in (whole.pipe, single.pipe):
+            assert same(weights(part), weights(getattr(loaded, name))), name
+    assert not same(before, model.unet.state_dict())
+    with safe_open(file, "pt") as made:
+        assert made.metadata()["modelspec.prediction_type"] == prediction
 
 
 def test_training_without_accelerate_is_one_sentence(model, pictures, tmp_path, monkeypatch):
@@ -114,8 +139,10 @@ def test_options_of_a_network_are_told_where_none_is_trained(model, pictures, tm
 
 
 def test_clip_skip_is_refused_for_sdxl(pictures, tmp_path):
-    with pytest.raises(JobError, match="clip_skip is for SD1 and SD2"):
-        train(sdxl(tmp_path), options_for(pictures, tmp_path / "out", clip_skip=2))
+    model = sdxl(tmp_path)
+    model.text_encoders[0].config.num_hidden_layers = 12
+    with pytest.raises(JobError, match="clip_skip 3 is for SD1 and SD2"):
+        train(model, options_for(pictures, tmp_path / "out", clip_skip=3))
 
 
 def test_captions_of_a_text_encoder_that_is_trained_are_not_cached(model, pictures, tmp_path):
