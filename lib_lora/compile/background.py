@@ -8,6 +8,8 @@ from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING
 
+from lib_lora.compile.chance import chance_left_alone
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -45,8 +47,9 @@ class Background:
             return self._changed.wait_for(lambda: not self._is_running, seconds)
 
     def _work(self) -> None:
-        while job := self._next():
-            job()
+        with chance_left_alone():
+            while job := self._next():
+                job()
 
     def _next(self) -> Callable[[], None] | None:
         with self._changed:

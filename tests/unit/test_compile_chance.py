@@ -1,0 +1,70 @@
+"""What is compiled in the background does not touch the random numbers of pictures."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from lib_lora.compile.background import Background
+
+SECONDS = 60
+X = torch.linspace(-1, 1, 8)
+
+
+def numbers_around_a_compilation(seed: int) -> torch.Tensor:
+    """Drawn before the graph is lowered in another thread, meanwhile, and when it is done."""
+    begun, drawn = threading.Event(), threading.Event()
+    background = Background()
+
+    def lower(graph, inputs):
+        begun.set()
+        assert drawn.wait(SECONDS)
+        return graph
+
+    def job():
+        torch.compile(lambda x: (x + seed).sin(), backend=lower)(X)
+
+    torch.manual_seed(seed)
+    first = torch.rand(3)
+    background.add(job)
+    assert begun.wait(SECONDS)
+    second = torch.rand(3)
+    drawn.set()
+    assert background.wait(SECONDS)
+    return torch.cat([first, second, torch.rand(3)])
+
+
+def test_numbers_drawn_while_something_is_compiled_do_not_come_again():
+    found = numbers_around_a_compilation(seed=7)
+    torch.manual_seed(7)
+    assert torch.equal(found, torch.cat([torch.rand(3) for _ in range(3)]))
+
+
+def test_other_threads_can_put_the_state_back_meanwhile():
+    begun, done = threading.Event(), threading.Event()
+    background = Background()
+
+    def job():
+        begun.set()
+        assert done.wait(SECONDS)
+
+    state = torch.random.get_rng_state()
+    expected = torch.rand(3)
+    background.add(job)
+    assert begun.wait(SECONDS)
+    torch.random.set_rng_state(state)
+    again = torch.rand(3)
+    done.set()
+    assert background.wait(SECONDS)
+    assert torch.equal(again, expected)
+
+
+def test_torchs_own_functions_are_back_when_nothing_is_left_to_compile():
+    own = torch.random.set_rng_state, torch.cuda.set_rng_state
+    background = Background()
+    background.add(lambda: None)
+    for thread in threading.enumerate():
+        if thread.name == "prefuse-compile":
+            thread.join(SECONDS)
+    assert (torch.random.set_rng_state, torch.cuda.set_rng_state) == own
