@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lib_lora.core.memory import OUT_OF_MEMORY
 from lib_lora.core.saving import no_progress
 from lib_lora.errors import JobError, TrainError
 from lib_lora.train.averages import MovingAverage
@@ -30,6 +29,7 @@ from lib_lora.train.samples import draw_class_pictures
 from lib_lora.train.schedules import make_schedule
 from lib_lora.train.state import State, pack_optimizer, unpack_optimizer
 from lib_lora.train.trainees import make_trainee
+from lib_lora.train.troubles import told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -80,23 +80,25 @@ def train(
 
     Raises:
         JobError: If the options do not fit each other, the model or the pictures.
-        TrainError: If the loss is not a number, memory runs out, or the state to go on from is of another training.
+        TrainError: If the loss is not a number, memory runs out, another process is lost, or the state to go on from
+            is of another training.
         FileError: If a picture, a network or a state can not be read.
         OutputError: If something can not be written. What was saved last is kept, whatever is raised.
     """
     check_model(model, options)
     check_results(options)
     accelerator = make_accelerator(options.run, options.optimizer.gradient_accumulation_steps)
-    _draw_class_pictures(accelerator, model, options, draw_picture, bars)
-    dataset = open_dataset(options.data, bars("looking at pictures"))
-    if options.model.full and dataset.is_multiplied:
-        raise JobError("network_multiplier is a network's strength, and full trains none; leave it out of the list")
-    identity = weights_fingerprint(model.unet.parameters())
-    torch.manual_seed(options.data.seed)  # of the weights that a network begins with
-    with _trainee(model, options) as trainee:
-        training = Training(accelerator, model, options, dataset, trainee, bars)
-        results = Results(training, model, dataset, draw_picture, identity)
-        return _run(training, results, progress, wishes)
+    with told(options, "while the training was prepared or saved", accelerator.num_processes):
+        _draw_class_pictures(accelerator, model, options, draw_picture, bars)
+        dataset = open_dataset(options.data, bars("looking at pictures"))
+        if options.model.full and dataset.is_multiplied:
+            raise JobError("network_multiplier is a network's strength, and full trains none; leave it out of the list")
+        identity = weights_fingerprint(model.unet.parameters())
+        torch.manual_seed(options.data.seed)  # of the weights that a network begins with
+        with _trainee(model, options) as trainee:
+            training = Training(accelerator, model, options, dataset, trainee, bars)
+            results = Results(training, model, dataset, draw_picture, identity)
+            return _run(training, results, progress, wishes)
 
 
 def _draw_class_pictures(
@@ -216,9 +218,10 @@ class Training:
             step: Steps that were done before.
 
         Raises:
-            TrainError: If the loss is not a number, the parameters are as they were then; or if memory runs out.
+            TrainError: If the loss is not a number, the parameters are as they were then; if memory runs out; or if
+                another process is lost.
         """
-        try:
+        with told(self.options, f"in step {step + 1}", self.accelerator.num_processes):
             loss = self._gradients(batches)
             if not math.isfinite(loss):
                 raise TrainError(
@@ -226,8 +229,6 @@ class Training:
                     "lower them, or choose mixed_precision bf16 or no"
                 )
             self._move(step)
-        except OUT_OF_MEMORY as error:
-            raise TrainError(f"memory ran out in step {step + 1}; {self._advice()}") from error
         return loss
 
     def state(self, step: int, course: dict[str, Any]) -> State:
@@ -323,19 +324,6 @@ class Training:
 
     def _shown_rates(self) -> str:
         return ", ".join(f"{rate:g} ({name})" for name, rate in self.rates().items())
-
-    def _advice(self) -> str:
-        """What takes less memory, of what is not done yet."""
-        values = self.options.values()
-        wishes = {
-            "gradient_checkpointing": not values["gradient_checkpointing"],
-            "mixed_precision bf16": values["mixed_precision"] == "no",
-            "cache_latents": not self.options.data.caches_latents,
-            "a smaller train_batch_size with gradient_accumulation_steps": values["train_batch_size"] > 1,
-            "an optimizer_type of 8 bits": not values["optimizer_type"].lower().endswith("8bit"),
-            "a smaller resolution": True,
-        }
-        return f"what takes less: {', '.join(name for name, helps in wishes.items() if helps)}"
 
 
 def _cast_frozen(model: TrainModel, trainee: Trainee, dtype: torch.dtype) -> None:

@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from safetensors.torch import load_file
 from train_runs import options_for, tiny_folder, write_pictures
+
+if TYPE_CHECKING:
+    from typing import TextIO
 
 pytestmark = [
     pytest.mark.newest,
@@ -49,7 +53,9 @@ def test_a_process_that_is_killed_ends_the_others_and_leaves_a_whole_state(tmp_p
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    first, second = (joined(rank, port, words) for rank in range(2))
+    log = tmp_path / "log"
+    with log.open("w") as told:
+        first, second = (joined(rank, port, words, told) for rank in range(2))
     deadline = time.monotonic() + SECONDS
     while not list((out / "made-state").glob("*.safetensors")):
         assert first.poll() is second.poll() is None
@@ -58,12 +64,14 @@ def test_a_process_that_is_killed_ends_the_others_and_leaves_a_whole_state(tmp_p
     second.kill()
     assert first.wait(timeout=SECONDS) == 1
     assert second.wait() < 0
+    assert "one of the 2 processes failed" in log.read_text()
+    assert "Traceback" not in log.read_text()
     assert not (out / "made.safetensors").exists()
     assert all(load_file(path) for path in (out / "made-state").glob("*.safetensors"))
 
 
-def joined(rank: int, port: int, words: list[str]) -> subprocess.Popen[bytes]:
-    """One of two processes of a training."""
+def joined(rank: int, port: int, words: list[str], told: TextIO) -> subprocess.Popen[bytes]:
+    """One of two processes of a training; what they say goes into a file."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(TESTS.parent),
@@ -75,4 +83,5 @@ def joined(rank: int, port: int, words: list[str]) -> subprocess.Popen[bytes]:
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
     }
-    return subprocess.Popen([sys.executable, "-m", "lib_lora", "train", *words], env=environment)  # noqa: S603
+    command = [sys.executable, "-m", "lib_lora", "train", *words]
+    return subprocess.Popen(command, env=environment, stdout=told, stderr=told)  # noqa: S603

@@ -100,9 +100,10 @@ def trained_with_peft(model: Path, pictures: Path, begun: Path, steps: int, rate
         rows = dataset.order().rows(step)
         shown = [dataset.pictures[row.picture] for row in rows]
         pixels = torch.stack([pipe.image_processor.preprocess(Image.open(one.path))[0] for one in shown])
-        noise, times, sampling = draw(0, [row.place for row in rows], (4, 8, 8), (0, 1000))
+        drawn = draw(0, [row.place for row in rows], (4, 8, 8), (0, 1000))
+        noise, times = drawn.noise, drawn.times
         found = pipe.vae.encode(pixels).latent_dist
-        latents = (found.mean + found.std * sampling) * pipe.vae.config.scaling_factor
+        latents = (found.mean + found.std * drawn.encoding) * pipe.vae.config.scaling_factor
         tokens = pipe.tokenizer(
             [one.caption for one in shown], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         ).input_ids
@@ -244,6 +245,17 @@ def test_memory_that_runs_out_is_told_with_what_takes_less(model, pictures, tmp_
 
     monkeypatch.setattr(trainer.Training, "_loss", full)
     with pytest.raises(TrainError, match=r"memory ran out in step 1.*gradient_checkpointing"):
+        run(model, pictures, tmp_path)
+
+
+def test_memory_that_runs_out_before_the_first_step_is_told_with_what_takes_less(
+    model, pictures, tmp_path, monkeypatch
+):
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "make_optimizer", full)
+    with pytest.raises(TrainError, match=r"memory ran out while .* prepared .*gradient_checkpointing"):
         run(model, pictures, tmp_path)
 
 
