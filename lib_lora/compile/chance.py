@@ -1,12 +1,13 @@
-"""torch's random numbers while something is compiled beside a thread that draws a picture.
+"""Random numbers while something is compiled beside a thread that draws a picture.
 
-Its compilers note the state of these numbers, and put it back when they are done (dynamo's `preserve_global_state`, for
-one): what the other thread drew meanwhile would come once more, in another picture than the one of its seed.
+torch's compilers note the state of its numbers and of Python's, and put it back when they are done: what the other
+thread drew meanwhile would come once more. A picture would not be the one of its seed, and the next "random" seed would
+be the same again.
 """
 
 from __future__ import annotations
 
-import functools
+import random
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,23 +16,43 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from types import ModuleType
 
-_NAME = "set_rng_state"
-_PLACES = (torch.random, torch.cuda)
-"""Modules by whose `set_rng_state` compilers put the state back."""
+_SETTERS = ((torch.random, "set_rng_state"), (torch.cuda, "set_rng_state"), (random, "setstate"))
+"""Modules, and the functions of theirs by which compilers put the state back."""
+
+
+class _Replaced:
+    """A function of a module that does nothing in threads that compile."""
+
+    def __init__(self, module: ModuleType, name: str) -> None:
+        self._module, self._name = module, name
+        self._own: Callable[..., None] = getattr(module, name)
+        self._ours = self._set
+        setattr(module, name, self._ours)
+
+    def put_back(self) -> None:
+        """The module's own again, unless somebody put another over ours."""
+        if getattr(self._module, self._name) is self._ours:
+            setattr(self._module, self._name, self._own)
+
+    def _set(self, *args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() not in _compiling:
+            self._own(*args, **kwargs)
+
+
 _lock = threading.Lock()
 _compiling: set[int] = set()
 """Threads, by their identity."""
-_replaced: list[tuple[Any, Callable[..., None], Callable[..., None]]] = []
-"""Module, its own function, and ours."""
+_replaced: list[_Replaced] = []
 
 
 @contextmanager
 def chance_left_alone() -> Generator[None]:
-    """What this thread does, does not put torch's random numbers back."""
+    """What this thread does, does not put random numbers back to where they were."""
     with _lock:
         if not _compiling:
-            _replaced.extend(map(_replace, _PLACES))
+            _replaced.extend(_Replaced(*setter) for setter in _SETTERS)
         _compiling.add(threading.get_ident())
     try:
         yield
@@ -39,21 +60,4 @@ def chance_left_alone() -> Generator[None]:
         with _lock:
             _compiling.discard(threading.get_ident())
             while _replaced and not _compiling:
-                _put_back(*_replaced.pop())
-
-
-def _replace(place: Any) -> tuple[Any, Callable[..., None], Callable[..., None]]:
-    own: Callable[..., None] = getattr(place, _NAME)
-
-    @functools.wraps(own)
-    def ours(*args: Any, **kwargs: Any) -> None:
-        if threading.get_ident() not in _compiling:
-            own(*args, **kwargs)
-
-    setattr(place, _NAME, ours)
-    return place, own, ours
-
-
-def _put_back(place: Any, own: Callable[..., None], ours: Callable[..., None]) -> None:
-    if getattr(place, _NAME) is ours:
-        setattr(place, _NAME, own)
+                _replaced.pop().put_back()
