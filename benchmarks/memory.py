@@ -118,7 +118,7 @@ def run_case(device: str, dtype: str, model: str, folder: str, kind: str, store:
     ours = Ours(unet, loras_at, store=store, checkpoint=checkpoint if store == "checkpoint" else None)
     wanted = tuple((name, strength) for name, strength in json.loads(loras))
     ours.switch(wanted)
-    fused, peak, bytes_in_store = _held(place), _peak(place), ours.session.report.store_bytes
+    fused, peak, bytes_in_store = _held(place), peak_bytes(place), ours.session.report.store_bytes
     ours.unload()
     sizes = 0 if place.type == "cuda" else sum((loras_at / f"{name}.safetensors").stat().st_size for name, _ in wanted)
     touched = sum(weight.nbytes for weight in weights)
@@ -131,7 +131,8 @@ def _held(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("RssAnon")
 
 
-def _peak(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process had, or its tensors on the GPU. A child begins with none of its parent's."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 

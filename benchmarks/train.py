@@ -6,7 +6,6 @@ peer gets its batch as tensors, ready made; ours reads its pictures from files, 
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks import synthetic
 from benchmarks.common import Claim, Options, Report, Table, busy_label, lora_folder, parse_options, seconds
+from benchmarks.memory import peak_bytes
 from benchmarks.timing import Case, Stopwatch, ratio, take_turns
 from lib_lora.hosts.standalone.demo import MODEL_DIR
 from lib_lora.hosts.standalone.demo.networks import new_vae
@@ -257,10 +257,7 @@ def measure_peak(given: list[str]) -> int:
         with closing(training.batches(0)) as batches:
             for step in range(2):
                 training.step(batches, step)
-    if options.device.type == "cuda":
-        print(torch.cuda.max_memory_allocated())
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak_bytes(options.device))
     return 0
 
 

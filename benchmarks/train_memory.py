@@ -6,7 +6,6 @@ of the process, on a GPU in the given type the growth of what its allocator gave
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 
 from benchmarks.common import Claim, Options, Report, Table, parse_options
 from benchmarks.counted_step import Job, Parts, count_encoding, count_step, make_inputs, products
+from benchmarks.memory import peak_bytes
 from lib_lora.core.memory import return_memory
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def measure_step(given: list[str]) -> int:
         parts.optimizer.step()
         parts.optimizer.zero_grad()
         del loss
-    print(_peak(options.device) - before)
+    print(peak_bytes(options.device) - before)
     return 0
 
 
@@ -166,12 +166,6 @@ def _held(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return psutil.Process().memory_info().rss
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _gib(size: int) -> str:
