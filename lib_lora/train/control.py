@@ -41,4 +41,5 @@ class SignalFiles:
 
     def forget_stop(self) -> None:
         """Remove the file that ends a training, so that the next one is not ended by it."""
-        remove_file(self._stop)
+        if self._stop.exists():
+            remove_file(self._stop)

@@ -74,8 +74,8 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     key = ""
     for argument in arguments:
         if argument.startswith("--"):
-            key, _, text = argument[2:].replace("-", "_", argument[2:].partition("=")[0].count("-")).partition("=")
-            values[key] = [text] if text else []
+            name, is_given, text = argument[2:].partition("=")
+            values[key := name.replace("-", "_")] = [text] if is_given else []
         elif key:
             values[key].append(argument)
         else:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lib_lora.core.opening import shown
+from lib_lora.core.opening import reason_of, shown
 from lib_lora.core.saving import save_bytes
 from lib_lora.errors import JobError
 from lib_lora.train.kohya_options import SAMPLERS
@@ -92,7 +92,7 @@ def read_prompts(path: Path) -> list[SamplePrompt]:
     try:
         prompts = [_read_prompt(told, index) for index, told in _told(path)]
     except (OSError, ValueError) as error:
-        raise JobError(f"sample_prompts: {shown(path)} can not be read: {error}") from error
+        raise JobError(f"sample_prompts: {shown(path)} can not be read: {reason_of(error)}") from error
     if not prompts:
         raise JobError(f"sample_prompts: {shown(path)} has no prompt; write one in each line")
     return prompts

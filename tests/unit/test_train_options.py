@@ -66,6 +66,11 @@ def test_a_toml_and_a_command_line_say_the_same(tmp_path):
     assert from_file.run.gradient_checkpointing is True
 
 
+def test_nothing_behind_an_equal_sign_leaves_an_option_out():
+    options = TrainOptions.of(read_arguments(["--output_name=", "--caption_prefix="]))
+    assert (options.output.output_name, options.data.caption_prefix) == ("last", "")
+
+
 def test_dashes_and_equal_signs_are_as_good():
     words = ["--network-dim=16", "--optimizer-args", "weight_decay=0.1", "betas=(0.9,0.99)", "--full"]
     options = TrainOptions.of(read_arguments(words))

@@ -20,10 +20,11 @@ from train_runs import load_tiny, options_for, run, same, tensors_of, tiny_folde
 from lib_lora import LoraSession
 from lib_lora.__main__ import main
 from lib_lora.cli import train as command
-from lib_lora.errors import JobError
+from lib_lora.errors import JobError, OutputError
 from lib_lora.hosts.standalone.loading import LoadedModel, load_pipeline
 from lib_lora.hosts.standalone.training import picture_drawer
 from lib_lora.train.control import SignalFiles, Wish
+from lib_lora.train.results import check_results
 from lib_lora.train.samples import SamplePrompt, read_prompts
 from lib_lora.train.trainer import train
 
@@ -245,6 +246,13 @@ def test_files_pause_and_end_a_training(tmp_path):
     assert files.wish() is Wish.STOP
     files.forget_stop()
     assert files.wish() is Wish.PAUSE
+
+
+def test_a_file_where_the_output_folder_should_be_is_told_by_its_name(pictures, tmp_path):
+    (tmp_path / "out").touch()
+    options = options_for(pictures, tmp_path / "out")
+    with command.asked(options), pytest.raises(OutputError, match="the folder .*out can not be made"):
+        check_results(options)
 
 
 def test_ctrl_c_once_ends_the_training_and_saves_and_twice_ends_it_at_once(pictures, tmp_path):
