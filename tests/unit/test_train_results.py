@@ -251,7 +251,7 @@ def test_files_pause_and_end_a_training(tmp_path):
 def test_a_file_where_the_output_folder_should_be_is_told_by_its_name(pictures, tmp_path):
     (tmp_path / "out").touch()
     options = options_for(pictures, tmp_path / "out")
-    with command.asked(options), pytest.raises(OutputError, match="the folder .*out can not be made"):
+    with command.asked(options), pytest.raises(OutputError, match=r"the folder .*out can not be made"):
         check_results(options)
 
 
