@@ -189,7 +189,7 @@ class PresetEditor:
         return {**self.form.shipped, **self.own()}
 
     def _holders(self, name: str) -> list[Path]:
-        return [path for path in self.paths if name in self.form.presets(_content(path).text)]
+        return [path for path in self.paths if name in self.form.presets(_content_between_edits(path).text)]
 
     def _own_holders(self, name: str) -> list[Path]:
         """The files that have a preset: at least one."""
@@ -271,6 +271,19 @@ def _write(path: Path, content: _Content, data: bytes) -> str:
         if content.fault:
             note = f"{content.fault}; it is kept as {shown(set_aside(path))}, and a new file is begun"
     return note
+
+
+def _content_between_edits(path: Path) -> _Content:
+    """A file as it is while no other editor of ours writes: several of them can keep one from reading it.
+
+    Raises:
+        FileChangedError: If another program is writing to it.
+        OutputError: If an editor of ours does not end.
+    """
+    if not path.parent.is_dir():
+        return _Content(None)
+    with editing(path.parent):
+        return _content(path)
 
 
 def _content(path: Path) -> _Content:
