@@ -71,16 +71,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        return arguments.run(arguments, rest) or 0
+        return _run(arguments, rest)
     except PrefuseError as error:
         print(error, file=sys.stderr)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # who read has enough, as `head` has; Python would complain of the rest at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         logging.getLogger("lib_lora").exception("unexpected")
         print(f"This is a fault of Prefuse, please report it: {type(error).__name__}: {error}", file=sys.stderr)
     return 1
+
+
+def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    code: int | None = arguments.run(arguments, rest)
+    sys.stdout.flush()
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from lib_lora.__main__ import main
 from lib_lora.core.files import data_sha256
 from lib_lora.core.keymap import KeyMap
 from lib_lora.core.saving import save_tensors
+from lib_lora.hosts.standalone.demo import LORA_DIR
 from lib_lora.hosts.standalone.infotext import parse_infotext
 
 ROOT = Path(__file__).parents[2]
@@ -287,3 +289,13 @@ def test_the_command_line_starts_without_loading_torch():
     code = "import sys, lib_lora.__main__; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603
     assert done.stdout == "False\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows tells of a closed pipe in another way")
+def test_a_reader_that_has_enough_is_no_fault():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lib_lora", "inspect", str(LORA_DIR / "stripes.safetensors")]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False)  # noqa: S603
+    assert (done.returncode, done.stderr) == (1, "")
+    os.close(write)
