@@ -47,3 +47,27 @@ def make_toys(moving_loras):
 def take_way(monkeypatch):
     """Takes one way for what moves, whatever it costs: toys are too small for any but the exact one."""
     return lambda way: monkeypatch.setattr("lib_lora.moving.choose", lambda *_: way)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of a small model that can be trained, where a module has none of its own."""
+    from train_runs import tiny_folder
+
+    return tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Folder of a training set for it."""
+    from train_runs import write_pictures
+
+    return write_pictures(tmp_path_factory.mktemp("set") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def begun(model, pictures, tmp_path_factory):
+    """A LoRA file of both whose factors are all other than 0."""
+    from train_runs import run
+
+    return run(model, pictures, tmp_path_factory.mktemp("begun"), network_dim=3, network_alpha=2).paths[0]

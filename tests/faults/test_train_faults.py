@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from train_runs import load_tiny, options_for, run, same, tensors_of, tiny_folder, write_pictures
+from train_runs import load_tiny, options_for, run, same, tensors_of
 
 from lib_lora.core import opening
 from lib_lora.errors import FileError, JobError, OutputError, PrefuseError, TrainError
@@ -29,16 +29,6 @@ pytestmark = pytest.mark.newest
 
 FLIPS = 100
 ENOUGH = {"save_state_every_n_steps": 1, "max_train_steps": 4}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("set") / "pictures")
 
 
 @pytest.fixture(scope="module")

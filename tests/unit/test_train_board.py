@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
-from train_runs import load_tiny, options_for, tiny_folder, write_pictures
+from train_runs import load_tiny, options_for, write_pictures
 
 from lib_lora.errors import OutputError
 from lib_lora.train.trainer import train
@@ -23,11 +23,6 @@ pytestmark = pytest.mark.newest
 STEPS, STATE_AT = 4, 3
 FLOAT32 = 1e-6
 """Of the log's numbers, relative."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("model"))
 
 
 def logged(model: Path, out: Path, **given: Any) -> list[TrainProgress]:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from tiny_pipelines import make_tiny, write_tokenizer
-from train_runs import SIDE, load_tiny, options_for, run, same, tensors_of, tiny_folder, write_pictures
+from train_runs import SIDE, load_tiny, options_for, run, same, tensors_of
 from transformers import CLIPTokenizer
 
 from lib_lora.__main__ import main
@@ -28,16 +28,6 @@ pytestmark = pytest.mark.newest
 
 # Part of the length of a gradient.
 ROUNDING = {"bf16": 0.05, "fp16": 0.01}
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("set") / "pictures")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("model"))
 
 
 def tiny(family: str, folder: Path) -> TrainModel:

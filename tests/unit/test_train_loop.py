@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from train_runs import load_tiny, options_for, run, same, tensors_of, tiny_folder, write_pictures
+from train_runs import load_tiny, options_for, run, same, tensors_of
 
 from lib_lora.core import replacing
 from lib_lora.errors import OutputError, TrainError
@@ -49,22 +49,6 @@ RANDOM_THINGS = {
     "max_train_steps": 6,
     "gradient_accumulation_steps": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("set") / "pictures")
-
-
-@pytest.fixture(scope="module")
-def begun(model, pictures, tmp_path_factory) -> Path:
-    """A LoRA file whose factors are all other than 0."""
-    return run(model, pictures, tmp_path_factory.mktemp("begun"), network_dim=3, network_alpha=2).paths[0]
 
 
 def with_adapters(module: nn.Module, targets: list[str], prefix: str, file: dict[str, Tensor]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_train_loop import TEXT_LAYERS, UNET_LAYERS, with_adapters
 from test_train_processes import largest, launched
-from train_runs import load_tiny, options_for, run, tensors_of, tiny_folder, write_pictures
+from train_runs import load_tiny, options_for, run, tensors_of
 
 from lib_lora.errors import JobError, TrainError
 from lib_lora.train.adapters import LoraLayer
@@ -41,22 +41,6 @@ SGD = {
     "network_alpha": 2,
     "max_train_steps": 1,
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("set") / "pictures")
-
-
-@pytest.fixture(scope="module")
-def begun(model, pictures, tmp_path_factory) -> Path:
-    """A LoRA file whose factors are all other than 0."""
-    return run(model, pictures, tmp_path_factory.mktemp("begun"), network_dim=3, network_alpha=2).paths[0]
 
 
 def listed(pictures: Path, path: Path, strengths: tuple[Any, ...] = STRENGTHS) -> Path:

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_pipelines import write_tokenizer
-from train_runs import load_tiny, options_for, run, same, tensors_of, tiny_folder, write_pictures
+from train_runs import load_tiny, options_for, run, same, tensors_of
 
 from lib_lora import LoraSession
 from lib_lora.__main__ import main
@@ -28,22 +28,9 @@ from lib_lora.train.results import check_results
 from lib_lora.train.samples import SamplePrompt, read_prompts
 from lib_lora.train.trainer import train
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 pytestmark = pytest.mark.newest
 
 HALF_TOLERANCE = 1e-3
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("set") / "pictures")
 
 
 def test_a_trained_lora_changes_the_session_it_is_set_in_as_it_did_in_training(model, pictures, tmp_path):
