@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from test_train_loop import TEXT_LAYERS, UNET_LAYERS, with_adapters
-from test_train_processes import largest, launched
+from test_train_processes import largest, trained_by_two
 from train_runs import load_tiny, options_for, run, tensors_of
 
 from lib_lora.errors import JobError, TrainError
@@ -199,17 +199,7 @@ def test_two_processes_learn_at_the_strengths_that_one_would(model, pictures, be
     path = listed(pictures, tmp_path / "list.jsonl")
     given = {**SGD, "network_weights": begun, "in_json": path}
     alone = run(model, tmp_path, tmp_path / "alone", train_batch_size=4, **given).paths[0]
-    values = {
-        **given,
-        "pretrained_model_name_or_path": model,
-        "output_dir": tmp_path / "joined",
-        "output_name": "made",
-        "save_precision": "float",
-        "resolution": 64,
-        "train_batch_size": 2,
-        "device": "cpu",
-    }
-    launched(2, [f"--{key}={value}" for key, value in values.items()])
-    before, one, two = (load_file(file) for file in (begun, alone, tmp_path / "joined" / "made.safetensors"))
+    joined = trained_by_two(model, tmp_path / "joined", **given)
+    before, one, two = (load_file(file) for file in (begun, alone, joined))
     assert largest(before, one) > 100 * PROCESSES_TOLERANCE
     assert largest(one, two) < PROCESSES_TOLERANCE

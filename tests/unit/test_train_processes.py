@@ -67,6 +67,22 @@ def launched(processes: int, arguments: list[str]) -> None:
     assert told[1:] == [""] * (processes - 1)
 
 
+def trained_by_two(model: Path, out: Path, **given: object) -> Path:
+    """What two processes make, each with half of a batch of 4."""
+    values = {
+        **given,
+        "pretrained_model_name_or_path": model,
+        "output_dir": out,
+        "output_name": "made",
+        "save_precision": "float",
+        "resolution": 64,
+        "train_batch_size": 2,
+        "device": "cpu",
+    }
+    launched(2, [f"--{key}={value}" for key, value in values.items()])
+    return out / "made.safetensors"
+
+
 def test_first_gradients_of_two_processes_are_those_of_one_with_the_joined_batch(tmp_path):
     model, pictures = tiny_folder(tmp_path), write_pictures(tmp_path / "pictures")
     begun = run(model, pictures, tmp_path / "begun").paths[0]
@@ -78,19 +94,8 @@ def test_first_gradients_of_two_processes_are_those_of_one_with_the_joined_batch
         "network_weights": begun,
     }
     alone = run(model, pictures, tmp_path / "alone", train_batch_size=4, **given).paths[0]
-    values = {
-        **given,
-        "pretrained_model_name_or_path": model,
-        "train_data_dir": pictures,
-        "output_dir": tmp_path / "joined",
-        "output_name": "made",
-        "save_precision": "float",
-        "resolution": 64,
-        "train_batch_size": 2,
-        "device": "cpu",
-    }
-    launched(2, [f"--{key}={value}" for key, value in values.items()])
-    before, one, two = (load_file(path) for path in (begun, alone, tmp_path / "joined" / "made.safetensors"))
+    joined = trained_by_two(model, tmp_path / "joined", train_data_dir=pictures, **given)
+    before, one, two = (load_file(path) for path in (begun, alone, joined))
     assert one.keys() == two.keys()
     assert largest(before, one) > 100 * TOLERANCE
     assert largest(one, two) < TOLERANCE
